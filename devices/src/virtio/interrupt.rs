@@ -1,0 +1,84 @@
+//! A device's way to the guest's attention: interrupt status bits, and the eventfd that an irqfd listens to.
+//!
+//! Shared by the transport (which shows the bits to the driver on vCPU threads) and the queues (which raise them on the
+//! device loop).
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use vmm_sys_util::eventfd::EventFd;
+
+/// InterruptStatus bit 0: the device has used a buffer (section 4.2.2).
+pub const USED_BUFFER: u32 = 1;
+/// InterruptStatus bit 1: the configuration has changed (section 4.2.2).
+pub const CONFIG_CHANGE: u32 = 2;
+
+/// The interrupt of one device. Clones raise the same line.
+#[derive(Clone)]
+pub struct Interrupt(Arc<Inner>);
+
+struct Inner {
+    line: EventFd,
+    status: AtomicU32,
+    failed: AtomicBool,
+}
+
+impl Interrupt {
+    /// An interrupt with nothing pending, on a fresh eventfd.
+    ///
+    /// # Errors
+    /// That of `eventfd(2)`.
+    pub fn new() -> io::Result<Self> {
+        let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        Ok(Interrupt(Arc::new(Inner { line, status: AtomicU32::new(0), failed: AtomicBool::new(false) })))
+    }
+
+    /// The eventfd that is written to when the line is raised: what a VM registers as an irqfd.
+    pub fn line(&self) -> &EventFd {
+        &self.0.line
+    }
+
+    /// Tells the driver that buffers were used.
+    pub fn used_buffer(&self) {
+        self.raise(USED_BUFFER);
+    }
+
+    /// Tells the driver that the device's configuration, or its status, has changed.
+    pub fn config_changed(&self) {
+        self.raise(CONFIG_CHANGE);
+    }
+
+    /// Says that the device is beyond use until it is reset: the transport shows `DEVICE_NEEDS_RESET` (section 2.1.2).
+    pub fn device_failed(&self) {
+        self.0.failed.store(true, Ordering::Release);
+        self.config_changed();
+    }
+
+    /// Whether [`device_failed`](Self::device_failed) was called since the last [`reset`](Self::reset).
+    pub fn has_failed(&self) -> bool {
+        self.0.failed.load(Ordering::Acquire)
+    }
+
+    /// The pending bits, as the driver reads them.
+    pub fn status(&self) -> u32 {
+        self.0.status.load(Ordering::Acquire)
+    }
+
+    /// Takes back the bits that the driver acknowledged.
+    pub fn acknowledge(&self, bits: u32) {
+        self.0.status.fetch_and(!bits, Ordering::AcqRel);
+    }
+
+    /// Forgets all that is pending.
+    pub fn reset(&self) {
+        self.0.status.store(0, Ordering::Release);
+        self.0.failed.store(false, Ordering::Release);
+    }
+
+    fn raise(&self, bit: u32) {
+        self.0.status.fetch_or(bit, Ordering::AcqRel);
+        // An eventfd refuses a write only when its counter is full: then the line is raised already.
+        let _ = self.0.line.write(1);
+    }
+}
