@@ -1,0 +1,193 @@
+//! The file systems: the agent's own root, and the container's.
+//!
+//! The container gets its root by `pivot_root`, and what was below it is unmounted: nothing of the agent's is left in the
+//! container's mount namespace, so no trick with `chroot`, `fchdir`, `umount` or `setns` leads there. The kernel does not
+//! pivot away from an initramfs, which is the bottom of every mount namespace and cannot be unmounted. So the agent first
+//! covers it with a tmpfs, and takes its own file from it. Everything of value is in the tmpfs, which can be pivoted away from:
+//!
+//! ```text
+//! initramfs    the bottom, of which only /dev/console is left
+//! └ tmpfs      the agent's root: /dev (all devices), /upper and /work (what the container changes), /pts
+//!   └ image    /image, read-only
+//!     └ overlay  over it: the container's root
+//! ```
+//!
+//! In the container's namespace, a copy of the agent's, the overlay then lies on the initramfs and the tmpfs is gone. The
+//! agent's mounts are private, since nobody shared them.
+//!
+//! [`cover_initramfs`] and [`make_overlay`] run in the agent, before the host is greeted; everything else in the child.
+
+use alloc::ffi::CString;
+use alloc::format;
+use alloc::string::String;
+use core::ffi::CStr;
+
+use rustix::fd::OwnedFd;
+use rustix::fs::{CWD, Dev, FileType, Mode, makedev, mkdir, mknodat, stat, symlink, unlink};
+use rustix::io::Errno;
+use rustix::mount::{
+    MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, mount_bind, move_mount, open_tree,
+    unmount,
+};
+use rustix::process::{chdir, chroot, pivot_root, umask};
+
+use crate::error::{Error, at};
+use crate::image::IMAGE;
+
+/// Where the agent keeps the terminal's devpts until the child takes it.
+pub const TERMINALS: &CStr = c"/pts";
+
+/// A file system that every container has.
+struct Mount {
+    fstype: &'static CStr,
+    target: &'static CStr,
+    flags: MountFlags,
+    data: &'static CStr,
+}
+
+const NOSUID: MountFlags = MountFlags::NOSUID;
+const PLAIN: MountFlags = NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
+
+/// As in Docker's default specification, in this order. An option costs as much as a small system call, so none that says what is so
+/// anyway: a tmpfs has mode 1777.
+const MOUNTS: [Mount; 5] = [
+    Mount { fstype: c"proc", target: c"/proc", flags: PLAIN, data: c"" },
+    Mount { fstype: c"sysfs", target: c"/sys", flags: PLAIN.union(MountFlags::RDONLY), data: c"" },
+    Mount { fstype: c"tmpfs", target: c"/dev", flags: NOSUID, data: c"mode=755" },
+    Mount { fstype: c"tmpfs", target: c"/dev/shm", flags: PLAIN, data: c"size=65536k" },
+    Mount { fstype: c"mqueue", target: c"/dev/mqueue", flags: PLAIN, data: c"" },
+];
+
+/// Character devices that every container has: name, major and minor number.
+const DEVICES: [(&CStr, u32, u32); 6] = [
+    (c"/dev/null", 1, 3),
+    (c"/dev/zero", 1, 5),
+    (c"/dev/full", 1, 7),
+    (c"/dev/random", 1, 8),
+    (c"/dev/urandom", 1, 9),
+    (c"/dev/tty", 5, 0),
+];
+
+const LINKS: [(&CStr, &CStr); 5] = [
+    (c"/proc/self/fd", c"/dev/fd"),
+    (c"/proc/self/fd/0", c"/dev/stdin"),
+    (c"/proc/self/fd/1", c"/dev/stdout"),
+    (c"/proc/self/fd/2", c"/dev/stderr"),
+    (c"pts/ptmx", c"/dev/ptmx"),
+];
+
+/// Builds the container's tree and makes it the root. `disks` are names in `/dev`; `terminal` says that the agent has left a devpts at
+/// [`TERMINALS`]. Leaves the working directory at the root.
+pub fn enter_root(disks: &[String], terminal: bool) -> Result<(), Error> {
+    let disks = disks.iter().map(|name| find_disk(name)).collect::<Result<alloc::vec::Vec<_>, _>>()?;
+    let terminals = if terminal { Some(detach_terminals()?) } else { None };
+    pivot()?;
+    // From here on every path, and so every symbolic link of the image, is inside the container.
+    for Mount { fstype, target, flags, data } in &MOUNTS {
+        if target.to_bytes().starts_with(b"/dev/") {
+            // In a /dev that is empty as yet.
+            make_directory(target)?;
+        }
+        mount_at(fstype, target, *flags, data)?;
+    }
+    make_terminals(terminals)?;
+    for (path, major, minor) in DEVICES {
+        make_node(path, FileType::CharacterDevice, 0o666, makedev(major, minor))?;
+    }
+    for (path, device) in disks {
+        make_node(&path, FileType::BlockDevice, 0o660, device)?;
+    }
+    for (content, path) in LINKS {
+        symlink(content, path).map_err(|errno| failed("link", path)(errno))?;
+    }
+    Ok(())
+}
+
+/// The path of a disk and its device number, by the kernel's own node.
+fn find_disk(name: &str) -> Result<(CString, Dev), Error> {
+    let valid = !name.is_empty() && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+    let path = CString::new(format!("/dev/{name}")).ok().filter(|_| valid);
+    let path = path.ok_or_else(|| Error::Request(format!("{name:?} is not the name of a disk")))?;
+    let found = stat(&path).map_err(|errno| failed("find the disk", &path)(errno))?;
+    if FileType::from_raw_mode(found.st_mode) == FileType::BlockDevice {
+        Ok((path, found.st_rdev))
+    } else {
+        Err(Error::Request(format!("/dev/{name} is not a disk")))
+    }
+}
+
+/// A copy of the agent's devpts, to be mounted elsewhere by its descriptor. What is at [`TERMINALS`] itself goes with the agent's root.
+fn detach_terminals() -> Result<OwnedFd, Error> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::OPEN_TREE_CLONE;
+    open_tree(CWD, TERMINALS, flags).map_err(at("open the terminal's devpts"))
+}
+
+/// Leaves the initramfs for an empty tmpfs, which is the root and the working directory then. The agent's umask is 0 from here on: modes
+/// are meant as they are written.
+pub fn cover_initramfs() -> Result<(), Error> {
+    umask(Mode::empty());
+    // Where it is not this file that the kernel executed, it is not ours to remove.
+    let _ = unlink(c"/init");
+    mount(c"tmpfs", c"/", c"tmpfs", MountFlags::empty(), None::<&CStr>)
+        .map_err(at("mount a tmpfs over /"))?;
+    // "/" is still what is covered: a path begins at the root as it is, and only a step takes it to what is mounted there.
+    chdir(c"/..").and_then(|()| chroot(c".")).map_err(at("enter the tmpfs over /"))
+}
+
+/// Covers the image with an overlay whose changes are kept in memory.
+pub fn make_overlay() -> Result<(), Error> {
+    // The overlay's root has the mode of its upper directory.
+    let mode = Mode::from_raw_mode(0o755);
+    mkdir(c"/upper", mode).map_err(at("mkdir /upper"))?;
+    mkdir(c"/work", mode).map_err(at("mkdir /work"))?;
+    let data = c"lowerdir=/image,upperdir=/upper,workdir=/work";
+    mount(c"overlay", IMAGE, c"overlay", MountFlags::empty(), data).map_err(at("mount the overlay"))
+}
+
+/// Makes the overlay the root, and unmounts all that is not below it.
+fn pivot() -> Result<(), Error> {
+    chdir(IMAGE).map_err(at("chdir to the overlay"))?;
+    // With the same directory twice the old root ends up on top of the new one, where no directory has to be made for it.
+    pivot_root(c".", c".").map_err(at("pivot_root to the overlay"))?;
+    unmount(c".", UnmountFlags::DETACH).map_err(at("unmount the old root"))
+}
+
+/// Puts the terminal's devpts in its place, or a new one, and `/dev/console` on the terminal.
+fn make_terminals(terminals: Option<OwnedFd>) -> Result<(), Error> {
+    make_directory(c"/dev/pts")?;
+    let Some(tree) = terminals else {
+        return mount_at(c"devpts", c"/dev/pts", NOSUID | MountFlags::NOEXEC, DEVPTS_OPTIONS);
+    };
+    move_mount(&tree, c"", CWD, c"/dev/pts", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .map_err(at("mount /dev/pts"))?;
+    make_node(c"/dev/console", FileType::RegularFile, 0o600, 0)?;
+    mount_bind(FIRST_TERMINAL, c"/dev/console").map_err(at("mount /dev/console"))
+}
+
+/// The terminal of a devpts in which one was opened.
+pub const FIRST_TERMINAL: &CStr = c"/dev/pts/0";
+
+/// `tty` is group 5 everywhere.
+pub const DEVPTS_OPTIONS: &CStr = c"newinstance,ptmxmode=0666,mode=0620,gid=5";
+
+/// Mounts, and makes the directory if that is what the image lacks.
+fn mount_at(fstype: &CStr, target: &CStr, flags: MountFlags, data: &CStr) -> Result<(), Error> {
+    let mut result = mount(fstype, target, fstype, flags, data);
+    if result == Err(Errno::NOENT) {
+        make_directory(target)?;
+        result = mount(fstype, target, fstype, flags, data);
+    }
+    result.map_err(|errno| failed("mount", target)(errno))
+}
+
+fn make_directory(path: &CStr) -> Result<(), Error> {
+    mkdir(path, Mode::from_raw_mode(0o755)).map_err(|errno| failed("mkdir", path)(errno))
+}
+
+fn make_node(path: &CStr, kind: FileType, mode: u32, device: Dev) -> Result<(), Error> {
+    mknodat(CWD, path, kind, Mode::from_raw_mode(mode), device).map_err(|errno| failed("mknod", path)(errno))
+}
+
+fn failed(what: &str, path: &CStr) -> impl FnOnce(Errno) -> Error {
+    at(format!("{what} {}", path.to_bytes().escape_ascii()))
+}
