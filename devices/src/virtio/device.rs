@@ -4,14 +4,17 @@
 //! device loop, on whose thread every other method here is called. The order of calls:
 //!
 //! ```text
-//! activate → (kicked | ready)* → quiesce → activate → …
+//! [restore] → activate → (kicked | ready)* → quiesce → [save | attach | reset]* → activate → …
 //! ```
 //!
 //! `activate` moves the queues in, `quiesce` gives them back. Between `quiesce` and the next `activate` the device touches no
-//! guest memory. A device knows no bus, interrupt number, feature word or lock.
+//! guest memory. A pause is a `quiesce` and an `activate` with the same queues: what the device knows of its driver stays. A
+//! driver's reset is a `quiesce` and a `reset`. A device knows no bus, interrupt number, feature word or lock.
 
 use std::io;
+use std::os::fd::OwnedFd;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::chain::ChainError;
@@ -78,6 +81,55 @@ pub enum DeviceError {
     },
 }
 
+/// What of a device a snapshot carries beyond its queues and registers. It may come from a file that somebody tampered with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeviceState {
+    /// A disk. Its medium is not in here: whoever restores it attaches one.
+    Block(super::block::BlockState),
+    /// A network card.
+    Net(super::net::NetState),
+    /// Random numbers: nothing to remember.
+    Rng,
+    /// Sockets.
+    Vsock(super::vsock::VsockState),
+}
+
+/// Why a device does not take saved state.
+#[derive(Debug, Error)]
+pub enum StateError {
+    /// The state is another device's, or was never one.
+    #[error("the saved state does not fit the device: {0}")]
+    Mismatch(String),
+    /// The host refused what the state needs.
+    #[error("{what}: {source}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// What the host said.
+        source: io::Error,
+    },
+}
+
+/// What a device is the front of, where that can be changed while the guest lives.
+#[derive(Debug)]
+pub enum Backend {
+    /// A disk's medium.
+    Disk(super::block::Medium),
+    /// A network card's TAP, configured as the card needs it.
+    Tap(OwnedFd),
+}
+
+/// Why a back end was not taken. The device keeps the one that it had.
+#[derive(Debug, Error)]
+pub enum AttachError {
+    /// Disks take media, network cards TAPs, and others nothing.
+    #[error("a {0} device has no such back end")]
+    Kind(DeviceKind),
+    /// The back end itself will not do.
+    #[error("{0}")]
+    Refused(String),
+}
+
 /// A virtio device: a state machine over its queues and its back end. See the module's prose for who calls what when.
 pub trait VirtioDevice: Send {
     /// What the driver may know of the device. Called once, before the device moves to the loop.
@@ -104,4 +156,24 @@ pub trait VirtioDevice: Send {
 
     /// Finish what is in flight, stop watching, and give the queues back.
     fn quiesce(&mut self, watch: &mut Watch) -> Vec<Queue>;
+
+    /// The driver reset the device, which is quiesced: what the device knew of it is void.
+    fn reset(&mut self, _watch: &mut Watch) {}
+
+    /// What a snapshot must carry of the device, which is quiesced.
+    fn save(&self) -> DeviceState;
+
+    /// Becomes the device that `state` was saved from. Called once, before the first `activate`.
+    ///
+    /// # Errors
+    /// [`StateError`] when the state cannot be this device's: it may come from anybody.
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError>;
+
+    /// Takes another back end, while quiesced, and returns the configuration space that the driver sees from now on.
+    ///
+    /// # Errors
+    /// [`AttachError`]; nothing has changed then.
+    fn attach(&mut self, _backend: Backend) -> Result<Vec<u8>, AttachError> {
+        Err(AttachError::Kind(self.profile().kind))
+    }
 }

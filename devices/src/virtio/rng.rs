@@ -7,6 +7,7 @@ use std::io;
 
 use rustix::rand::{GetRandomFlags, getrandom};
 
+use super::device::{DeviceState, StateError};
 use super::queue::Served;
 use super::{Chain, DeviceError, DeviceKind, Profile, Queue, VirtioDevice};
 use crate::device_loop::{Source, Watch};
@@ -67,6 +68,17 @@ impl VirtioDevice for Rng {
 
     fn quiesce(&mut self, _: &mut Watch) -> Vec<Queue> {
         self.queue.take().into_iter().collect()
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Rng
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        match state {
+            DeviceState::Rng => Ok(()),
+            _ => Err(StateError::Mismatch("not an entropy device's".into())),
+        }
     }
 }
 

@@ -13,7 +13,9 @@ use std::io;
 use disk::Disk;
 pub use disk::DiskError;
 use request::{ID_LEN, Request, Shape, Status};
+use serde::{Deserialize, Serialize};
 
+use super::device::{AttachError, Backend, DeviceState, StateError};
 use super::queue::Served;
 use super::{Chain, DeviceError, DeviceKind, Profile, Queue, VirtioDevice};
 use crate::device_loop::{Source, Watch};
@@ -37,6 +39,22 @@ const MOST_BUFFER_BYTES: u32 = 1 << 20;
 const BLOCK_BYTES: u32 = 512;
 /// After so many bytes other devices have their turn.
 const TURN_BYTES: usize = 8 << 20;
+
+/// What is in a disk's slot.
+#[derive(Debug)]
+pub enum Medium {
+    /// A raw file or a block device.
+    Raw(File),
+}
+
+/// What a snapshot carries of a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockState {
+    /// Whether the driver was told that it cannot write.
+    pub read_only: bool,
+    /// The serial number.
+    pub id: [u8; ID_LEN],
+}
 
 /// A disk.
 pub struct Block {
@@ -175,6 +193,33 @@ impl VirtioDevice for Block {
 
     fn quiesce(&mut self, _: &mut Watch) -> Vec<Queue> {
         self.queue.take().into_iter().collect()
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Block(BlockState { read_only: self.shape.read_only, id: self.id })
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        match state {
+            DeviceState::Block(state) if state.read_only == self.shape.read_only => {
+                self.id = state.id;
+                Ok(())
+            }
+            DeviceState::Block(_) => {
+                Err(StateError::Mismatch("read-only there and writable here, or the reverse".into()))
+            }
+            _ => Err(StateError::Mismatch("not a disk's".into())),
+        }
+    }
+
+    fn attach(&mut self, backend: Backend) -> Result<Vec<u8>, AttachError> {
+        let Backend::Disk(Medium::Raw(file)) = backend else {
+            return Err(AttachError::Kind(DeviceKind::Block));
+        };
+        let disk = Disk::new(file, self.shape.read_only).map_err(|e| AttachError::Refused(e.to_string()))?;
+        self.shape.sectors = disk.sectors();
+        self.disk = disk;
+        Ok(self.profile().config)
     }
 }
 

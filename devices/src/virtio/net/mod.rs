@@ -17,6 +17,7 @@ use tap::Tap;
 pub use tap::TapError;
 use vmm_sys_util::epoll::EventSet;
 
+use super::device::{DeviceState, StateError};
 use super::queue::Served;
 use super::{Chain, DeviceError, DeviceKind, Profile, Queue, VirtioDevice};
 use crate::device_loop::{Source, Watch};
@@ -58,6 +59,13 @@ pub struct Counters {
     pub tx_bytes: AtomicU64,
     /// Packets that the TAP refused: the interface is down, or the driver's header is wrong.
     pub tx_dropped: AtomicU64,
+}
+
+/// What a snapshot carries of a network card.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct NetState {
+    /// The address that the driver was told.
+    pub mac: [u8; 6],
 }
 
 /// A network card.
@@ -253,6 +261,20 @@ impl VirtioDevice for Net {
         self.watch_tap(watch);
         let receive = self.receiver.take().map(Receiver::into_queue);
         receive.into_iter().chain(self.transmit.take()).collect()
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Net(NetState { mac: self.mac })
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        match state {
+            DeviceState::Net(state) => {
+                self.mac = state.mac;
+                Ok(())
+            }
+            _ => Err(StateError::Mismatch("not a network card's".into())),
+        }
     }
 }
 

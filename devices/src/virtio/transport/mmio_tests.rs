@@ -3,6 +3,7 @@ use std::sync::mpsc;
 use super::*;
 use crate::device_loop::{RunningLoop, Source, Watch};
 use crate::testing::{self, Driver};
+use crate::virtio::device::{DeviceState, StateError};
 use crate::virtio::transport::negotiation::feature;
 use crate::virtio::{DeviceError, DeviceKind};
 
@@ -13,6 +14,14 @@ struct Echo {
 }
 
 impl VirtioDevice for Echo {
+    fn save(&self) -> DeviceState {
+        DeviceState::Rng
+    }
+
+    fn restore(&mut self, _: DeviceState) -> Result<(), StateError> {
+        Ok(())
+    }
+
     fn profile(&self) -> Profile {
         Profile { kind: DeviceKind::Rng, features: 0, queue_sizes: vec![16], config: vec![1, 2, 3, 4, 5] }
     }

@@ -14,6 +14,7 @@ use super::backend::{Backend, Connector, Request};
 use super::stream::Answer;
 use super::streams::{FIRST_SOURCE, Streams};
 use crate::device_loop::{Source, Watch};
+use crate::virtio::device::{DeviceState, StateError};
 use crate::virtio::queue::Served;
 use crate::virtio::{DeviceError, DeviceKind, Profile, Queue, VirtioDevice};
 
@@ -45,6 +46,13 @@ struct Queues {
     tx: Queue,
     /// Kept for transport resets, which follow a restored snapshot (section 5.10.6.7).
     event: Queue,
+}
+
+/// What a snapshot carries of a socket device.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct VsockState {
+    /// The guest's address.
+    pub cid: u64,
 }
 
 /// A virtio socket device.
@@ -260,5 +268,19 @@ impl VirtioDevice for Vsock {
         self.streams.transport_reset();
         self.streams.watch(watch);
         vec![rx, tx, event]
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Vsock(VsockState { cid: self.cid })
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        match state {
+            DeviceState::Vsock(state) if state.cid == self.cid => Ok(()),
+            DeviceState::Vsock(state) => {
+                Err(StateError::Mismatch(format!("the guest's address is {}", state.cid)))
+            }
+            _ => Err(StateError::Mismatch("not a socket device's".into())),
+        }
     }
 }

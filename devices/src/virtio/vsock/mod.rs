@@ -26,7 +26,7 @@ mod stream;
 mod streams;
 
 pub use backend::{Backend, Connector, Listener};
-pub use device::Vsock;
+pub use device::{Vsock, VsockState};
 
 #[cfg(test)]
 mod tests;
