@@ -14,6 +14,7 @@ use event_manager::{
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::virtio::device::{DeviceState, StateError};
 use crate::virtio::{DeviceError, DeviceKind, Interrupt, Queue, VirtioDevice};
 
 /// A device's own name for one of the file descriptors that it watches. The upper half of the range is the loop's.
@@ -135,12 +136,27 @@ impl Node {
         Ok(())
     }
 
-    fn quiesce(&mut self, watch: &mut Watch) -> Vec<Queue> {
+    /// Takes the queues back; `None` when the device had none, because it is not active or has failed.
+    fn quiesce(&mut self, watch: &mut Watch) -> Option<Vec<Queue>> {
         if !std::mem::take(&mut self.active) {
-            return Vec::new();
+            return None;
         }
         self.watch_kicks(watch, false);
-        self.device.quiesce(watch)
+        Some(self.device.quiesce(watch))
+    }
+
+    fn reset(&mut self, watch: &mut Watch) {
+        // The driver lays fresh rings out; the old ones end here.
+        drop(self.quiesce(watch));
+        self.device.reset(watch);
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<Vec<u8>, StateError> {
+        if self.active {
+            return Err(StateError::Mismatch("the device is active already".into()));
+        }
+        self.device.restore(state)?;
+        Ok(self.device.profile().config)
     }
 
     fn serve(&mut self, data: u32, watch: &mut Watch) {
@@ -198,12 +214,39 @@ impl LoopHandle {
         self.call(id, move |node, watch| node.activate(features, queues, watch).map_err(LoopError::from))
     }
 
-    /// Stops device `id` and takes the queues back. A device that is not active has none.
+    /// Stops device `id` and takes the queues back. A device that is not active, or has failed, has none.
     ///
     /// # Errors
     /// [`LoopError`] when the loop has ended.
-    pub fn quiesce(&self, id: NodeId) -> Result<Vec<Queue>, LoopError> {
+    pub fn quiesce(&self, id: NodeId) -> Result<Option<Vec<Queue>>, LoopError> {
         self.call(id, |node, watch| Ok(node.quiesce(watch)))
+    }
+
+    /// Stops device `id` and has it forget its driver.
+    ///
+    /// # Errors
+    /// [`LoopError`] when the loop has ended.
+    pub fn reset(&self, id: NodeId) -> Result<(), LoopError> {
+        self.call(id, |node, watch| {
+            node.reset(watch);
+            Ok(())
+        })
+    }
+
+    /// What a snapshot must carry of device `id`, which must be quiesced.
+    ///
+    /// # Errors
+    /// [`LoopError`] when the loop has ended.
+    pub fn save(&self, id: NodeId) -> Result<DeviceState, LoopError> {
+        self.call(id, |node, _| Ok(node.device.save()))
+    }
+
+    /// Makes device `id`, which was not active yet, the one that `state` was saved from. Returns its configuration space.
+    ///
+    /// # Errors
+    /// [`LoopError`] when the loop has ended; the inner error when the device does not take the state.
+    pub fn restore(&self, id: NodeId, state: DeviceState) -> Result<Result<Vec<u8>, StateError>, LoopError> {
+        self.call(id, |node, _| Ok(node.restore(state)))
     }
 
     fn call<T: Send + 'static>(

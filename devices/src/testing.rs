@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::bus::BusDevice;
 use crate::device_loop::{DeviceLoop, RunningLoop};
 use crate::memory::GuestMemory;
-use crate::virtio::transport::MmioTransport;
+use crate::virtio::transport::{MmioTransport, TransportState};
 use crate::virtio::{Interrupt, Queue, VirtioDevice};
 
 /// Descriptor flag: the chain goes on.
@@ -156,35 +156,70 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Starts `device` as a driver would that takes those of `features` that it offers.
-    pub fn start(device: Box<dyn VirtioDevice>, features: u64) -> Self {
+    /// `device` before its driver's first word.
+    pub fn new(device: Box<dyn VirtioDevice>) -> Self {
         let profile = device.profile();
         let memory = memory(profile.queue_sizes.len() << 22);
-        let mut device_loop = DeviceLoop::new().unwrap();
-        let transport = MmioTransport::new(device, memory.clone(), &mut device_loop).unwrap();
-        let running = device_loop.spawn().unwrap();
         let drivers = (0u64..)
             .zip(profile.queue_sizes)
             .map(|(i, size)| Driver::new(memory.clone(), i << 22, size.min(256)))
             .collect();
-        let guest = Guest { transport, drivers, _running: running };
-        for (register, value) in [(0x70, 1), (0x70, 3), (0x24, 1), (0x20, 1), (0x24, 0)] {
-            guest.set(register, value);
-        }
-        guest.set(0x20, u32::try_from(features & profile.features).unwrap());
-        guest.set(0x70, 11);
-        for (i, driver) in (0u32..).zip(&guest.drivers) {
-            let (table, avail, used) = driver.rings();
-            guest.set(0x30, i);
-            guest.set(0x38, driver.size.into());
-            for (register, address) in [(0x80, table), (0x90, avail), (0xa0, used)] {
-                guest.set(register, u32::try_from(address).unwrap());
-            }
-            guest.set(0x44, 1);
-        }
-        guest.set(0x70, 15);
+        Guest::with(device, memory, drivers)
+    }
+
+    fn with(device: Box<dyn VirtioDevice>, memory: Arc<GuestMemory>, drivers: Vec<Driver>) -> Self {
+        let mut device_loop = DeviceLoop::new().unwrap();
+        let transport = MmioTransport::new(device, memory, &mut device_loop).unwrap();
+        Guest { transport, drivers, _running: device_loop.spawn().unwrap() }
+    }
+
+    /// A guest with the same memory and drivers, whose device nobody has spoken to.
+    pub fn moved_to(self, device: Box<dyn VirtioDevice>) -> Self {
+        let memory = self.drivers[0].memory.clone();
+        let Guest { drivers, .. } = self;
+        Guest::with(device, memory, drivers)
+    }
+
+    /// Pauses, saves, and goes on with `device` in a process of its own, as it were.
+    pub fn restored_on(self, device: Box<dyn VirtioDevice>) -> Self {
+        let state = self.saved();
+        let guest = self.moved_to(device);
+        let held = guest.transport.restore(state.clone()).unwrap();
+        assert_eq!(guest.transport.save(&held).unwrap(), state, "restoring and saving changes nothing");
+        guest.transport.resume(held).unwrap();
+        guest
+    }
+
+    /// What a snapshot carries of the device, as it comes out of a file. The device stays paused.
+    pub fn saved(&self) -> TransportState {
+        let held = self.transport.quiesce().unwrap();
+        let state = self.transport.save(&held).unwrap();
+        serde_json::from_slice(&serde_json::to_vec(&state).unwrap()).unwrap()
+    }
+
+    /// Starts `device` as a driver would that takes those of `features` that it offers.
+    pub fn start(device: Box<dyn VirtioDevice>, features: u64) -> Self {
+        let guest = Guest::new(device);
+        guest.steps(features).iter().for_each(|&(register, value)| guest.set(register, value));
         assert_eq!(guest.get(0x70), 15, "the device is live");
         guest
+    }
+
+    /// The register writes that make the device live, for a driver that takes those of `features` that are offered.
+    pub fn steps(&self, features: u64) -> Vec<(u64, u32)> {
+        let features = u32::try_from(features & self.transport.profile().features).unwrap();
+        let mut steps =
+            vec![(0x70, 1), (0x70, 3), (0x24, 1), (0x20, 1), (0x24, 0), (0x20, features), (0x70, 11)];
+        for (i, driver) in (0u32..).zip(&self.drivers) {
+            let (table, avail, used) = driver.rings();
+            steps.extend([(0x30, i), (0x38, driver.size.into())]);
+            for (register, address) in [(0x80, table), (0x90, avail), (0xa0, used)] {
+                steps.push((register, u32::try_from(address).unwrap()));
+            }
+            steps.push((0x44, 1));
+        }
+        steps.push((0x70, 15));
+        steps
     }
 
     /// Reads a register.

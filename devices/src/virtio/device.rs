@@ -22,7 +22,7 @@ use super::queue::{Queue, QueueError};
 use crate::device_loop::{Source, Watch};
 
 /// Virtio device IDs (section 5).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[repr(u32)]
 pub enum DeviceKind {
     /// Network card (5.1).

@@ -76,6 +76,19 @@ impl Interrupt {
         self.0.failed.store(false, Ordering::Release);
     }
 
+    /// Becomes the interrupt of a device that was saved. The line stays as it is: see [`repeat`](Self::repeat).
+    pub fn restore(&self, status: u32, failed: bool) {
+        self.0.status.store(status, Ordering::Release);
+        self.0.failed.store(failed, Ordering::Release);
+    }
+
+    /// Raises the line again when something is pending. To a driver that has seen it already it is spurious, and harmless.
+    pub fn repeat(&self) {
+        if self.status() != 0 {
+            self.raise(0);
+        }
+    }
+
     fn raise(&self, bit: u32) {
         self.0.status.fetch_or(bit, Ordering::AcqRel);
         // An eventfd refuses a write only when its counter is full: then the line is raised already.

@@ -234,9 +234,9 @@ impl Queue {
         self.ring.enable_notification(&*self.memory).map_err(QueueError::Avail)
     }
 
-    /// Takes the rings apart from the memory, as they go back to the transport.
-    pub fn into_ring(self) -> virtio_queue::Queue {
-        self.ring
+    /// The rings: where they are and how far both sides have come.
+    pub fn ring(&self) -> &virtio_queue::Queue {
+        &self.ring
     }
 }
 

@@ -4,12 +4,17 @@
 //! the status register that makes or breaks it is a short synchronous call there; a doorbell is an eventfd that KVM signals
 //! without asking us.
 
+mod held;
+
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
+pub use held::Held;
+
 use super::negotiation::{Effect, Negotiation, RingPart, status};
+use super::state::ConfigState;
 use crate::bus::BusDevice;
 use crate::device_loop::{DeviceLoop, LoopError, LoopHandle, NodeId};
 use crate::memory::GuestMemory;
@@ -64,6 +69,9 @@ pub struct MmioTransport {
     node: NodeId,
     device_loop: LoopHandle,
     negotiation: Mutex<Negotiation>,
+    /// What the driver sees of the configuration space. Apart from the negotiation, which is locked for as long as a status
+    /// write takes.
+    config: Mutex<ConfigState>,
 }
 
 impl MmioTransport {
@@ -86,11 +94,12 @@ impl MmioTransport {
         let heard = kicks.iter().map(EventFd::try_clone).collect::<io::Result<Vec<_>>>()?;
         let node = device_loop.add(device, profile.kind, interrupt.clone(), heard);
         let negotiation = Mutex::new(Negotiation::new(&profile));
+        let config = Mutex::new(ConfigState { bytes: profile.config.clone(), generation: 0 });
         let device_loop = device_loop.handle();
-        Ok(MmioTransport { profile, memory, interrupt, kicks, node, device_loop, negotiation })
+        Ok(MmioTransport { profile, memory, interrupt, kicks, node, device_loop, negotiation, config })
     }
 
-    /// What the device said of itself.
+    /// What the device said of itself when it was built.
     pub fn profile(&self) -> &Profile {
         &self.profile
     }
@@ -110,6 +119,10 @@ impl MmioTransport {
         self.negotiation.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn config(&self) -> MutexGuard<'_, ConfigState> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn read_register(&self, offset: u64) -> u32 {
         use register::*;
         let negotiation = self.lock();
@@ -126,7 +139,7 @@ impl MmioTransport {
             STATUS => negotiation.status(),
             // There are no shared memory regions: length and base read as all ones (section 4.2.2).
             SHM_LEN_LOW..=SHM_BASE_HIGH => u32::MAX,
-            CONFIG_GENERATION => 0,
+            CONFIG_GENERATION => self.config().generation,
             _ => 0,
         }
     }
@@ -166,24 +179,23 @@ impl MmioTransport {
 
     fn activate(&self, negotiation: &mut Negotiation) {
         let features = negotiation.features();
-        let queue = |(ring, kick): (_, &EventFd)| {
-            let kick = kick.try_clone()?;
-            let queue = Queue::new(ring, self.memory.clone(), self.interrupt.clone(), kick);
-            queue.map_err(|error| DeviceError::from(error).into())
-        };
-        let queues: Result<Vec<_>, LoopError> =
-            negotiation.take_rings().into_iter().zip(&self.kicks).map(queue).collect();
+        let rings = negotiation.take_rings().into_iter().zip(&self.kicks);
+        let queues: Result<Vec<_>, _> = rings.map(|(ring, kick)| self.queue(ring, kick)).collect();
         if let Err(error) = queues.and_then(|queues| self.device_loop.activate(self.node, features, queues)) {
             log::error!("virtio-{}: cannot start: {error}", self.profile.kind);
             self.interrupt.device_failed();
         }
     }
 
+    /// What a device gets for `ring`, whose doorbell is `kick`.
+    fn queue(&self, ring: virtio_queue::Queue, kick: &EventFd) -> Result<Queue, LoopError> {
+        let queue = Queue::new(ring, self.memory.clone(), self.interrupt.clone(), kick.try_clone()?);
+        queue.map_err(|error| DeviceError::from(error).into())
+    }
+
     fn reset(&self, negotiation: &mut Negotiation) {
-        match self.device_loop.quiesce(self.node) {
-            // The driver lays fresh rings out; the old ones end here.
-            Ok(queues) => drop(queues),
-            Err(error) => log::error!("virtio-{}: cannot be reset: {error}", self.profile.kind),
+        if let Err(error) = self.device_loop.reset(self.node) {
+            log::error!("virtio-{}: cannot be reset: {error}", self.profile.kind);
         }
         self.interrupt.reset();
         negotiation.reset(&self.profile);
@@ -194,7 +206,8 @@ impl BusDevice for MmioTransport {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         if let Some(start) = offset.checked_sub(register::CONFIG) {
-            let config = usize::try_from(start).ok().and_then(|s| self.profile.config.get(s..));
+            let config = self.config();
+            let config = usize::try_from(start).ok().and_then(|s| config.bytes.get(s..));
             for (to, from) in data.iter_mut().zip(config.unwrap_or_default()) {
                 *to = *from;
             }

@@ -1,6 +1,9 @@
-//! How a driver reaches a device: status, features, queue set-up ([`negotiation`], pure) behind registers ([`mmio`]).
+//! How a driver reaches a device: status, features, queue set-up ([`negotiation`], pure) behind registers ([`mmio`]). What of
+//! it a snapshot carries is in [`state`].
 
 pub mod mmio;
 pub mod negotiation;
+pub mod state;
 
-pub use mmio::MmioTransport;
+pub use mmio::{Held, MmioTransport};
+pub use state::{RestoreError, TransportState};

@@ -4,6 +4,7 @@
 
 use virtio_queue::{Queue as Ring, QueueT};
 
+use super::state::{NegotiationState, QueueState, RestoreError};
 use crate::virtio::device::Profile;
 
 /// Status bits (section 2.1).
@@ -21,6 +22,15 @@ pub mod status {
     /// The driver has given up.
     pub const FAILED: u32 = 128;
 }
+
+/// The values that the status register can have, but for `DEVICE_NEEDS_RESET` and `FAILED`, which come on top of any.
+const STEPS: [u32; 5] = [
+    0,
+    status::ACKNOWLEDGE,
+    status::ACKNOWLEDGE | status::DRIVER,
+    status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK,
+    status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK,
+];
 
 /// Feature bits that belong to the transport and the queues (section 6).
 pub mod feature {
@@ -204,6 +214,70 @@ impl Negotiation {
         *self = Negotiation::new(profile);
     }
 
+    /// Everything, to go on elsewhere. `live` are the rings of a device that has them: after activation they are not here.
+    pub fn save<'a>(&'a self, live: impl Iterator<Item = &'a Ring>) -> NegotiationState {
+        NegotiationState {
+            offered: self.offered,
+            accepted: self.accepted,
+            offered_page: self.offered_page,
+            accepted_page: self.accepted_page,
+            status: self.status,
+            selected: self.selected,
+            queues: self.rings.iter().chain(live).map(QueueState::from).collect(),
+        }
+    }
+
+    /// Goes on with a conversation that was saved with a device like `profile`, which has `failed` or not. Where it was live,
+    /// the rings are returned too, to be handed to the device.
+    ///
+    /// # Errors
+    /// [`RestoreError`] for what no driver can have brought about.
+    pub fn restore(
+        profile: &Profile,
+        state: &NegotiationState,
+        failed: bool,
+    ) -> Result<(Self, Option<Vec<Ring>>), RestoreError> {
+        use status::{DRIVER_OK, FAILED, FEATURES_OK};
+        let fresh = Negotiation::new(profile);
+        if state.offered != fresh.offered {
+            return Err(RestoreError::Offered { saved: state.offered, here: fresh.offered });
+        }
+        if !STEPS.contains(&(state.status & !FAILED)) {
+            return Err(RestoreError::Status(state.status));
+        }
+        let started = state.status & DRIVER_OK != 0;
+        if failed && !started {
+            return Err(RestoreError::Failed);
+        }
+        let mut restored = Negotiation {
+            accepted: state.accepted,
+            offered_page: state.offered_page,
+            accepted_page: state.accepted_page,
+            status: state.status,
+            selected: state.selected,
+            ..Negotiation::new(profile)
+        };
+        if state.status & FEATURES_OK != 0 && !restored.features_are_valid() {
+            return Err(RestoreError::Accepted(state.accepted));
+        }
+        let here = if failed { 0 } else { fresh.rings.len() };
+        if state.queues.len() != here {
+            return Err(RestoreError::QueueCount { saved: state.queues.len(), here });
+        }
+        let event_idx = started && state.accepted & feature::RING_EVENT_IDX != 0;
+        let rings = state.queues.iter().zip(&fresh.rings).enumerate().map(|(index, (queue, fresh))| {
+            restored_ring(queue, fresh, started, event_idx)
+                .map_err(|problem| RestoreError::Queue { index, problem })
+        });
+        let rings = rings.collect::<Result<Vec<_>, _>>()?;
+        if !started {
+            restored.rings = rings;
+            return Ok((restored, None));
+        }
+        restored.rings.clear();
+        Ok((restored, (!failed).then_some(rings)))
+    }
+
     fn features_are_valid(&self) -> bool {
         self.accepted & !self.offered == 0 && self.accepted & feature::VERSION_1 != 0
     }
@@ -235,6 +309,18 @@ fn fresh_rings(profile: &Profile) -> Vec<Ring> {
     let largest_power = |n: u16| if n == 0 { 1 } else { 1u16 << (15 - n.leading_zeros()) };
     // `Ring::new` refuses only sizes that are no power of two.
     profile.queue_sizes.iter().filter_map(|&n| Ring::new(largest_power(n)).ok()).collect()
+}
+
+/// One ring out of a saved state, or what is wrong with it. `fresh` is the same queue after power-on.
+fn restored_ring(queue: &QueueState, fresh: &Ring, started: bool, event_idx: bool) -> Result<Ring, String> {
+    if queue.max_size != fresh.max_size() {
+        return Err(format!("it may have {} entries there and {} here", queue.max_size, fresh.max_size()));
+    }
+    // What a device has taken it has given back before it is quiesced; and a queue that is not in use stands at 0.
+    if queue.next_avail != queue.next_used || (queue.next_avail != 0 && !(started && queue.ready)) {
+        return Err(format!("indices {} and {} do not agree", queue.next_avail, queue.next_used));
+    }
+    queue.ring(event_idx).map_err(|error| error.to_string())
 }
 
 #[cfg(test)]

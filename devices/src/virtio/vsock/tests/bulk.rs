@@ -138,7 +138,7 @@ fn a_device_reset_ends_everything_and_loses_nothing() {
     }
     guest.send(header(Op::CreditRequest, 3, 1, 0), &[]);
     assert!(guest.expect(Op::CreditUpdate).fwd_cnt < BUF_ALLOC);
-    assert_eq!(guest.handle.quiesce(guest.node).unwrap().len(), 3);
+    assert_eq!(guest.handle.quiesce(guest.node).unwrap().unwrap().len(), 3);
     assert_eq!(idle.read(&mut [0]).unwrap(), 0);
     let mut got = Vec::new();
     busy.read_to_end(&mut got).unwrap();
