@@ -14,7 +14,7 @@ use event_manager::{
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::virtio::device::{DeviceState, StateError};
+use crate::virtio::device::{AttachError, Backend, DeviceState, StateError};
 use crate::virtio::{DeviceError, DeviceKind, Interrupt, Queue, VirtioDevice};
 
 /// A device's own name for one of the file descriptors that it watches. The upper half of the range is the loop's.
@@ -136,6 +136,21 @@ impl Node {
         Ok(())
     }
 
+    /// Activates a device whose driver is at work. It looks at every queue once: it may have waited for a descriptor of the
+    /// host, or been rung for in another process.
+    fn resume(&mut self, features: u64, queues: Vec<Queue>, watch: &mut Watch) -> Result<(), DeviceError> {
+        let enabled: Vec<bool> = queues.iter().map(Queue::is_enabled).collect();
+        if let Err(error) = self.activate(features, queues, watch) {
+            self.interrupt.device_failed();
+            return Err(error);
+        }
+        for (kick, _) in self.kicks.iter().zip(enabled).filter(|(_, enabled)| *enabled) {
+            // An eventfd refuses a write only when its counter is full: then it rings already.
+            let _ = kick.write(1);
+        }
+        Ok(())
+    }
+
     /// Takes the queues back; `None` when the device had none, because it is not active or has failed.
     fn quiesce(&mut self, watch: &mut Watch) -> Option<Vec<Queue>> {
         if !std::mem::take(&mut self.active) {
@@ -214,6 +229,14 @@ impl LoopHandle {
         self.call(id, move |node, watch| node.activate(features, queues, watch).map_err(LoopError::from))
     }
 
+    /// Gives queues back to device `id` that were taken from it, here or in the process that saved it.
+    ///
+    /// # Errors
+    /// [`LoopError`] when the device refuses, which its driver is told, or the loop has ended.
+    pub fn resume(&self, id: NodeId, features: u64, queues: Vec<Queue>) -> Result<(), LoopError> {
+        self.call(id, move |node, watch| node.resume(features, queues, watch).map_err(LoopError::from))
+    }
+
     /// Stops device `id` and takes the queues back. A device that is not active, or has failed, has none.
     ///
     /// # Errors
@@ -247,6 +270,33 @@ impl LoopHandle {
     /// [`LoopError`] when the loop has ended; the inner error when the device does not take the state.
     pub fn restore(&self, id: NodeId, state: DeviceState) -> Result<Result<Vec<u8>, StateError>, LoopError> {
         self.call(id, |node, _| Ok(node.restore(state)))
+    }
+
+    /// Gives device `id` another back end, between two requests if it is active; then `features` are those that its driver
+    /// took. Returns its configuration space.
+    ///
+    /// # Errors
+    /// [`LoopError`] when the loop has ended, or the device does not start again; the inner error when it goes on with what it
+    /// had.
+    pub fn attach(
+        &self,
+        id: NodeId,
+        features: u64,
+        backend: Backend,
+    ) -> Result<Result<Vec<u8>, AttachError>, LoopError> {
+        self.endpoint.call_blocking(move |manager| {
+            // The old back end closes within `attach`: until then nothing of it may be watched.
+            let mut watch = Watch::default();
+            let queues = manager.subscriber_mut(id.0)?.quiesce(&mut watch);
+            watch.apply(&mut manager.event_ops(id.0)?);
+            let mut watch = Watch::default();
+            let node = manager.subscriber_mut(id.0)?;
+            let outcome = node.device.attach(backend);
+            let restarted = queues.map_or(Ok(()), |queues| node.resume(features, queues, &mut watch));
+            watch.apply(&mut manager.event_ops(id.0)?);
+            restarted?;
+            Ok(outcome)
+        })
     }
 
     fn call<T: Send + 'static>(

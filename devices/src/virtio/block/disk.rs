@@ -1,15 +1,11 @@
-//! A raw image or a block device of the host as sectors. Called on the device loop's thread, and blocks it for as long as the
-//! host takes.
+//! What a disk's bytes are in. Used on the device loop's thread, which it blocks for as long as the host takes.
 
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::FileTypeExt;
+use std::io;
 
-use rustix::fs::OFlags;
 use thiserror::Error;
 
-use super::request::{SECTOR, SECTOR_LEN};
-use crate::virtio::vectored;
+use super::raw::Raw;
 use crate::virtio::{Reader, Writer};
 
 /// Why a file cannot be a disk.
@@ -32,109 +28,45 @@ pub enum DiskError {
     Ragged(u64),
 }
 
-/// The file behind a disk.
-pub struct Disk {
-    file: File,
-    /// Length of the file when it was opened.
-    len: u64,
-    read_only: bool,
+/// What is in a disk's slot, opened by somebody else.
+#[derive(Debug)]
+pub enum Medium {
+    /// A raw file or a block device.
+    Raw(File),
 }
 
-impl Disk {
-    /// Takes a file whose bytes are the disk's. Of a read-only disk the last sector may be incomplete: the rest of it reads
-    /// as zeros.
+impl Medium {
+    /// The medium as a disk that may be written to or not.
     ///
     /// # Errors
-    /// [`DiskError`] when the file is of the wrong kind or size, or opened in the wrong way.
-    pub fn new(mut file: File, read_only: bool) -> Result<Self, DiskError> {
-        let kind = file.metadata()?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(DiskError::Kind);
+    /// [`DiskError`] when the file is of the wrong kind or size, or not open for what is asked of it.
+    pub(super) fn open(self, read_only: bool) -> Result<Box<dyn Disk>, DiskError> {
+        match self {
+            Medium::Raw(file) => Ok(Box::new(Raw::new(file, read_only)?)),
         }
-        let flags = rustix::fs::fcntl_getfl(&file).map_err(io::Error::from)?;
-        let mode = flags & OFlags::RWMODE;
-        if mode == OFlags::WRONLY || flags.contains(OFlags::PATH) {
-            return Err(DiskError::Mode("reading"));
-        }
-        if !read_only && mode != OFlags::RDWR {
-            return Err(DiskError::Mode("reading and writing"));
-        }
-        // Linux appends whatever the offset says (pwrite(2), BUGS).
-        if !read_only && flags.contains(OFlags::APPEND) {
-            return Err(DiskError::Mode("writing anywhere, not for appending"));
-        }
-        // Unlike the metadata's, this length also holds for block devices.
-        let len = file.seek(SeekFrom::End(0))?;
-        if len == 0 {
-            return Err(DiskError::Empty);
-        }
-        if !read_only && !len.is_multiple_of(SECTOR) {
-            return Err(DiskError::Ragged(len));
-        }
-        Ok(Disk { file, len, read_only })
     }
+}
 
-    /// Capacity in sectors.
-    pub fn sectors(&self) -> u64 {
-        self.len.div_ceil(SECTOR)
-    }
-
-    /// Whether nothing may be written.
-    pub fn read_only(&self) -> bool {
-        self.read_only
-    }
+/// Sectors that can be read and written. Requests were checked against the capacity.
+pub trait Disk: Send {
+    /// Capacity in sectors, which never changes.
+    fn sectors(&self) -> u64;
 
     /// Fills the next `len` bytes of `to` with what is at `offset`.
     ///
     /// # Errors
-    /// Those of `preadv(2)`, and `UnexpectedEof` when the file became shorter.
-    pub fn read(&self, to: &mut Writer, mut offset: u64, len: usize) -> io::Result<()> {
-        let mut left = len;
-        while left > 0 {
-            match to.write_with(left, |slices| vectored::read_at(&self.file, slices, offset)) {
-                // Behind the end of an image that is no multiple of a sector.
-                Ok(0) if offset >= self.len && left < SECTOR_LEN => {
-                    let zeros = [0; SECTOR_LEN];
-                    let rest = zeros.get(..left).unwrap_or_default();
-                    return to.write_all(rest).map_err(io::Error::other);
-                }
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(moved) => {
-                    offset += moved as u64;
-                    left -= moved;
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
+    /// Those of the host.
+    fn read(&mut self, to: &mut Writer, offset: u64, len: usize) -> io::Result<()>;
 
     /// Puts the next `len` bytes of `from` at `offset`.
     ///
     /// # Errors
-    /// Those of `pwritev(2)`.
-    pub fn write(&self, from: &mut Reader, mut offset: u64, len: usize) -> io::Result<()> {
-        let mut left = len;
-        while left > 0 {
-            match from.read_with(left, |slices| vectored::write_at(&self.file, slices, offset)) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(moved) => {
-                    offset += moved as u64;
-                    left -= moved;
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
+    /// Those of the host.
+    fn write(&mut self, from: &mut Reader, offset: u64, len: usize) -> io::Result<()>;
 
     /// Returns once all that was written is on stable storage.
     ///
     /// # Errors
-    /// Those of `fdatasync(2)`.
-    pub fn flush(&self) -> io::Result<()> {
-        if self.read_only { Ok(()) } else { self.file.sync_data() }
-    }
+    /// Those of the host.
+    fn flush(&mut self) -> io::Result<()>;
 }

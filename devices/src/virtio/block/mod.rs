@@ -1,17 +1,19 @@
-//! The block device (section 5.2): a raw file or block device of the host as `/dev/vd*`.
+//! The block device (section 5.2): a [`Medium`] of the host as `/dev/vd*`, or a slot without one, which has no sectors until
+//! a medium is attached. Linux then reads the capacity again (`virtblk_config_changed`).
 //!
 //! Built by whoever opened the file; then everything happens on the device loop's thread. Data moves between the file and
 //! guest memory without a copy. I/O is synchronous: a request is over when [`Block::carry_out`] returns, and that is the one
 //! place to change for I/O that completes later ([`request`] and the chain, which borrows nothing, do not care).
 
 mod disk;
+mod raw;
 mod request;
 
 use std::fs::File;
 use std::io;
 
 use disk::Disk;
-pub use disk::DiskError;
+pub use disk::{DiskError, Medium};
 use request::{ID_LEN, Request, Shape, Status};
 use serde::{Deserialize, Serialize};
 
@@ -40,13 +42,6 @@ const BLOCK_BYTES: u32 = 512;
 /// After so many bytes other devices have their turn.
 const TURN_BYTES: usize = 8 << 20;
 
-/// What is in a disk's slot.
-#[derive(Debug)]
-pub enum Medium {
-    /// A raw file or a block device.
-    Raw(File),
-}
-
 /// What a snapshot carries of a disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockState {
@@ -58,7 +53,8 @@ pub struct BlockState {
 
 /// A disk.
 pub struct Block {
-    disk: Disk,
+    /// Nothing, in a slot without a medium.
+    disk: Option<Box<dyn Disk>>,
     shape: Shape,
     id: [u8; ID_LEN],
     queue: Option<Queue>,
@@ -75,15 +71,37 @@ impl Block {
     /// # Errors
     /// [`DiskError`] when the file is of the wrong kind or size, or not open for what is asked of it.
     pub fn new(file: File, read_only: bool, id: &str) -> Result<Self, DiskError> {
-        let disk = Disk::new(file, read_only)?;
+        Block::with(Medium::Raw(file), read_only, id)
+    }
+
+    /// A disk on `medium`.
+    ///
+    /// # Errors
+    /// [`DiskError`] when the medium will not do.
+    pub fn with(medium: Medium, read_only: bool, id: &str) -> Result<Self, DiskError> {
+        let mut block = Block::empty(read_only, id);
+        block.insert(medium)?;
+        Ok(block)
+    }
+
+    /// A slot for a disk: it has no sectors, and whatever is asked of it fails, until a medium is attached. Whether that may be
+    /// written is settled here, since a driver asks only once.
+    pub fn empty(read_only: bool, id: &str) -> Self {
         let mut bytes = [0; ID_LEN];
         for (to, from) in bytes.iter_mut().zip(id.as_bytes()) {
             *to = *from;
         }
         let most = u64::from(MOST_BUFFERS) * u64::from(MOST_BUFFER_BYTES);
         let most_bytes = usize::try_from(most).unwrap_or(usize::MAX);
-        let shape = Shape { sectors: disk.sectors(), read_only, most_bytes };
-        Ok(Block { disk, shape, id: bytes, queue: None, write_through: false, failures: 0 })
+        let shape = Shape { sectors: 0, read_only, most_bytes };
+        Block { disk: None, shape, id: bytes, queue: None, write_through: false, failures: 0 }
+    }
+
+    fn insert(&mut self, medium: Medium) -> Result<(), DiskError> {
+        let disk = medium.open(self.shape.read_only)?;
+        self.shape.sectors = disk.sectors();
+        self.disk = Some(disk);
+        Ok(())
     }
 
     /// Does what a chain asks for and answers it.
@@ -107,25 +125,26 @@ impl Block {
         Ok(work)
     }
 
-    fn carry_out(&self, request: Request, chain: &mut Chain) -> io::Result<Work> {
-        match request {
-            Request::Read { offset, len } => {
-                self.disk.read(&mut chain.writer, offset, len)?;
+    fn carry_out(&mut self, request: Request, chain: &mut Chain) -> io::Result<Work> {
+        match (request, &mut self.disk) {
+            (Request::Identify, _) => {
+                chain.writer.write_all(&self.id).map_err(io::Error::other)?;
+                Ok(Work::Moved(0))
+            }
+            (_, None) => Err(io::Error::other("there is no medium")),
+            (Request::Read { offset, len }, Some(disk)) => {
+                disk.read(&mut chain.writer, offset, len)?;
                 Ok(Work::Moved(len))
             }
-            Request::Write { offset, len } => {
-                self.disk.write(&mut chain.reader, offset, len)?;
+            (Request::Write { offset, len }, Some(disk)) => {
+                disk.write(&mut chain.reader, offset, len)?;
                 if self.write_through {
-                    self.disk.flush()?;
+                    disk.flush()?;
                     return Ok(Work::Waited);
                 }
                 Ok(Work::Moved(len))
             }
-            Request::Flush => self.disk.flush().map(|()| Work::Waited),
-            Request::Identify => {
-                chain.writer.write_all(&self.id).map_err(io::Error::other)?;
-                Ok(Work::Moved(0))
-            }
+            (Request::Flush, Some(disk)) => disk.flush().map(|()| Work::Waited),
         }
     }
 
@@ -158,7 +177,7 @@ impl VirtioDevice for Block {
         config.extend(MOST_BUFFERS.to_le_bytes());
         config.extend([0; 4]);
         config.extend(BLOCK_BYTES.to_le_bytes());
-        let access = if self.disk.read_only() { RO } else { FLUSH };
+        let access = if self.shape.read_only { RO } else { FLUSH };
         Profile {
             kind: DeviceKind::Block,
             features: SIZE_MAX | SEG_MAX | BLK_SIZE | access,
@@ -213,12 +232,8 @@ impl VirtioDevice for Block {
     }
 
     fn attach(&mut self, backend: Backend) -> Result<Vec<u8>, AttachError> {
-        let Backend::Disk(Medium::Raw(file)) = backend else {
-            return Err(AttachError::Kind(DeviceKind::Block));
-        };
-        let disk = Disk::new(file, self.shape.read_only).map_err(|e| AttachError::Refused(e.to_string()))?;
-        self.shape.sectors = disk.sectors();
-        self.disk = disk;
+        let Backend::Disk(medium) = backend else { return Err(AttachError::Kind(DeviceKind::Block)) };
+        self.insert(medium).map_err(|error| AttachError::Refused(error.to_string()))?;
         Ok(self.profile().config)
     }
 }

@@ -197,6 +197,46 @@ fn a_guest_reads_and_writes_through_its_registers() {
     guest.wait_for_failure();
 }
 
+#[test]
+fn an_empty_slot_fails_requests_until_a_medium_is_attached() {
+    let mut guest = Guest::start(Box::new(Block::empty(false, "spare")), !0);
+    let capacity = |guest: &Guest| guest.get(0x100);
+    let ask = |guest: &mut Guest, kind, sector, room| {
+        let (_, at) = guest.drivers[0].send(&[&header(kind, sector)], &[room, 1]);
+        guest.kick(0);
+        guest.receive(0);
+        (guest.drivers[0].bytes(at[1], 1)[0], guest.drivers[0].bytes(at[0], room))
+    };
+    assert_eq!((capacity(&guest), guest.get(0xfc)), (0, 0));
+    for (kind, room) in [(IN, 512), (IN, 0), (OUT, 0), (FLUSH, 0)] {
+        assert_eq!(ask(&mut guest, kind, 0, room).0, 1, "{kind}");
+    }
+    assert_eq!(ask(&mut guest, GET_ID, 0, 20).1[..5], *b"spare");
+
+    let refused = guest.transport.attach(Backend::Disk(Medium::Raw(image(700))));
+    assert!(refused.unwrap_err().to_string().contains("not a multiple of 512"));
+    assert!(guest.transport.attach(Backend::Tap(image(512).into())).is_err());
+    assert_eq!((capacity(&guest), guest.get(0xfc), guest.get(0x60) & 2), (0, 0, 0));
+
+    // One waits in the ring, unannounced, while the medium comes.
+    let file = image(SECTORS * 512);
+    guest.drivers[0].send(&[&header(IN, 0)], &[512, 1]);
+    guest.transport.attach(Backend::Disk(Medium::Raw(file.try_clone().unwrap()))).unwrap();
+    assert_eq!((capacity(&guest), guest.get(0xfc)), (64, 1));
+    assert_eq!(guest.get(0x60) & 2, 2, "the driver is told");
+    guest.receive(0);
+    assert_eq!(ask(&mut guest, IN, 2, 512), (0, contents(&file)[1024..1536].to_vec()));
+
+    let held = guest.transport.quiesce().unwrap();
+    guest.transport.attach(Backend::Disk(Medium::Raw(image(1024)))).unwrap();
+    assert_eq!((capacity(&guest), guest.get(0xfc)), (2, 2));
+    guest.transport.attach(Backend::Disk(Medium::Raw(image(1024)))).unwrap();
+    assert_eq!(guest.get(0xfc), 2, "nothing to tell");
+    guest.transport.resume(held).unwrap();
+    assert_eq!(ask(&mut guest, IN, 2, 512).0, 1);
+    assert_eq!(ask(&mut guest, IN, 1, 512).0, 0);
+}
+
 /// What a hostile or merely odd driver may send.
 #[derive(Debug, Clone)]
 struct Odd {

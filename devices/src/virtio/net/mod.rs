@@ -1,4 +1,5 @@
-//! The network card (section 5.1), on a TAP interface of the host.
+//! The network card (section 5.1), on a TAP interface of the host; or on none, like one whose cable is not plugged in, until a
+//! TAP is attached.
 //!
 //! Built by whoever opened the TAP; then everything happens on the device loop's thread. Packets move between the TAP and guest
 //! memory without a copy, 64 KiB at a time and without checksums where the driver agrees: the kernel behind the TAP
@@ -17,7 +18,7 @@ use tap::Tap;
 pub use tap::TapError;
 use vmm_sys_util::epoll::EventSet;
 
-use super::device::{DeviceState, StateError};
+use super::device::{AttachError, Backend, DeviceState, StateError};
 use super::queue::Served;
 use super::{Chain, DeviceError, DeviceKind, Profile, Queue, VirtioDevice};
 use crate::device_loop::{Source, Watch};
@@ -70,7 +71,10 @@ pub struct NetState {
 
 /// A network card.
 pub struct Net {
-    tap: Tap,
+    /// Nothing, in a card that is not plugged in.
+    tap: Option<Tap>,
+    /// The TAP may hold packets from before the driver came.
+    stale: bool,
     mac: [u8; 6],
     counters: Arc<Counters>,
     receiver: Option<Receiver>,
@@ -100,12 +104,22 @@ impl Net {
     /// # Errors
     /// [`TapError`] when the descriptor is no TAP opened for virtio's header, or `mac` is a group address.
     pub fn new(tap: OwnedFd, mac: [u8; 6]) -> Result<Self, TapError> {
-        if mac.first().is_some_and(|first| first & 1 != 0) {
+        let mut card = Net::unplugged(mac)?;
+        card.tap = Some(Tap::new(tap)?);
+        Ok(card)
+    }
+
+    /// A card with the address `mac` and no TAP: what is sent is dropped, and nothing is received.
+    ///
+    /// # Errors
+    /// [`TapError::Multicast`] when `mac` is a group address.
+    pub fn unplugged(mac: [u8; 6]) -> Result<Self, TapError> {
+        if is_group(mac) {
             return Err(TapError::Multicast);
         }
-        let tap = Tap::new(tap)?;
         let counters = Arc::default();
-        Ok(Net { tap, mac, counters, receiver: None, transmit: None, state: State::default() })
+        let state = State::default();
+        Ok(Net { tap: None, stale: true, mac, counters, receiver: None, transmit: None, state })
     }
 
     /// What the card does from now on, counted.
@@ -114,19 +128,20 @@ impl Net {
     }
 
     /// Drops what the TAP holds from before the driver came: it may be in a shape that this driver did not agree to.
-    fn discard_stale(&self) {
+    fn discard_stale(&mut self) {
+        let Some(tap) = self.tap.as_ref().filter(|_| std::mem::take(&mut self.stale)) else { return };
         let mut packet = [0u8; 64];
         // As many as an interface queues by default, twice over. Errors show again, and count, later.
         for _ in 0..2000 {
-            if self.tap.read(&[vm_memory::VolatileSlice::from(&mut packet[..])]).is_err() {
+            if tap.read(&[vm_memory::VolatileSlice::from(&mut packet[..])]).is_err() {
                 break;
             }
         }
     }
 
     fn receive(&mut self) -> Result<(), DeviceError> {
-        if let Some(receiver) = &mut self.receiver {
-            self.state.receiving = receiver.run(&self.tap, &self.counters)? == Turn::Over;
+        if let (Some(receiver), Some(tap)) = (&mut self.receiver, &self.tap) {
+            self.state.receiving = receiver.run(tap, &self.counters)? == Turn::Over;
         }
         Ok(())
     }
@@ -135,7 +150,7 @@ impl Net {
         let Some(queue) = &mut self.transmit else { return Ok(()) };
         self.state.congested = false;
         queue.drain(|chain| {
-            let served = send(&self.tap, &self.counters, chain);
+            let served = send(self.tap.as_ref(), &self.counters, chain);
             self.state.congested = served == Served::Later;
             Ok(served)
         })
@@ -143,28 +158,30 @@ impl Net {
 
     /// Watches the TAP for what is of use now.
     fn watch_tap(&mut self, watch: &mut Watch) {
+        let Some(tap) = &self.tap else { return };
         let mut wanted = EventSet::empty();
         wanted.set(EventSet::IN, self.state.receiving);
         wanted.set(EventSet::OUT, self.state.congested);
         let watched = std::mem::replace(&mut self.state.watched, wanted);
         if watched == wanted {
         } else if wanted.is_empty() {
-            watch.remove(&self.tap, TAP);
+            watch.remove(tap, TAP);
         } else if watched.is_empty() {
-            watch.add(&self.tap, TAP, wanted);
+            watch.add(tap, TAP, wanted);
         } else {
-            watch.modify(&self.tap, TAP, wanted);
+            watch.modify(tap, TAP, wanted);
         }
     }
 }
 
 /// Sends one packet, or loses it: as on any network, nobody is told.
-fn send(tap: &Tap, counters: &Counters, chain: &mut Chain) -> Served {
+fn send(tap: Option<&Tap>, counters: &Counters, chain: &mut Chain) -> Served {
     let len = chain.reader.remaining();
-    let outcome = match len {
-        0..=HEADER_LEN => Err(io::ErrorKind::InvalidInput.into()),
+    let outcome = match tap {
         // The kernel never takes a part of a packet.
-        _ if len <= LONGEST => retry(|| chain.reader.read_with(len, |slices| tap.write(slices))),
+        Some(tap) if len > HEADER_LEN && len <= LONGEST => {
+            retry(|| chain.reader.read_with(len, |slices| tap.write(slices)))
+        }
         _ => Err(io::ErrorKind::InvalidInput.into()),
     };
     match outcome {
@@ -179,6 +196,11 @@ fn send(tap: &Tap, counters: &Counters, chain: &mut Chain) -> Served {
             Served::Done
         }
     }
+}
+
+/// Whether `mac` stands for many cards (IEEE 802: the first bit on the wire).
+fn is_group(mac: [u8; 6]) -> bool {
+    mac.first().is_some_and(|first| first & 1 != 0)
 }
 
 /// Calls `f` again when a signal interrupted it.
@@ -225,11 +247,12 @@ impl VirtioDevice for Net {
             queues.map_err(|_| DeviceError::Protocol("a network card has two queues".into()))?;
         self.receiver = Some(Receiver::new(receive, features & feature::MRG_RXBUF != 0));
         self.transmit = Some(transmit);
-        self.tap
-            .set_offloads(offloads(features))
-            .map_err(|source| DeviceError::Host { what: "TUNSETOFFLOAD", source })?;
-        self.discard_stale();
-        self.state.receiving = true;
+        if let Some(tap) = &self.tap {
+            tap.set_offloads(offloads(features))
+                .map_err(|source| DeviceError::Host { what: "TUNSETOFFLOAD", source })?;
+            self.discard_stale();
+            self.state.receiving = true;
+        }
         self.watch_tap(watch);
         Ok(())
     }
@@ -263,18 +286,32 @@ impl VirtioDevice for Net {
         receive.into_iter().chain(self.transmit.take()).collect()
     }
 
+    fn reset(&mut self, _: &mut Watch) {
+        self.stale = true;
+    }
+
     fn save(&self) -> DeviceState {
         DeviceState::Net(NetState { mac: self.mac })
     }
 
     fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
         match state {
-            DeviceState::Net(state) => {
-                self.mac = state.mac;
+            DeviceState::Net(NetState { mac }) if is_group(mac) => {
+                Err(StateError::Mismatch(TapError::Multicast.to_string()))
+            }
+            DeviceState::Net(NetState { mac }) => {
+                self.mac = mac;
                 Ok(())
             }
             _ => Err(StateError::Mismatch("not a network card's".into())),
         }
+    }
+
+    fn attach(&mut self, backend: Backend) -> Result<Vec<u8>, AttachError> {
+        let Backend::Tap(tap) = backend else { return Err(AttachError::Kind(DeviceKind::Net)) };
+        self.tap = Some(Tap::new(tap).map_err(|error| AttachError::Refused(error.to_string()))?);
+        self.stale = true;
+        Ok(self.profile().config)
     }
 }
 

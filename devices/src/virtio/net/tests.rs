@@ -340,6 +340,33 @@ fn whatever_a_driver_sends_is_sent_or_dropped() {
 }
 
 #[test]
+fn a_card_is_plugged_in_while_it_runs() {
+    with_tap(|tap| {
+        let net = Net::unplugged(MAC).unwrap();
+        let counters = net.counters();
+        let guest = Guest::start(Box::new(net), !0);
+        let mut card = Card { guest, counters, posted: Default::default() };
+        card.post(8, &[1526]);
+        let packet = frame(UDP, udp(b"lost"), 0);
+        card.send(&[&packet]);
+        assert_eq!(card.counters.tx_dropped.load(Relaxed), 1);
+        assert!(card.guest.transport.attach(Backend::Tap(File::open("/dev/null").unwrap().into())).is_err());
+        card.guest.transport.attach(Backend::Tap(tap)).unwrap();
+        assert_eq!(card.guest.get(0xfc), 0, "its address is what it was");
+        let socket = UdpSocket::bind("10.9.0.1:6000").unwrap();
+        card.send(&[&frame(UDP, udp(b"heard"), 0)]);
+        let mut heard = [0; 100];
+        let (len, from) = socket.recv_from(&mut heard).unwrap();
+        assert_eq!(&heard[..len], b"heard");
+        // A pause loses nothing that the host sent meanwhile.
+        let held = card.guest.transport.quiesce().unwrap();
+        socket.send_to(b"answer", from).unwrap();
+        card.guest.transport.resume(held).unwrap();
+        assert_eq!(card.segment(UDP).1[8..], *b"answer");
+    });
+}
+
+#[test]
 fn only_a_tap_will_do() {
     let null = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
     assert!(matches!(Net::new(null(), MAC).err(), Some(TapError::Flags)));

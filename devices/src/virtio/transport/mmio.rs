@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
-pub use held::Held;
+pub use held::{AttachFailed, Held};
 
 use super::negotiation::{Effect, Negotiation, RingPart, status};
 use super::state::ConfigState;

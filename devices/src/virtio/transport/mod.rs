@@ -5,5 +5,5 @@ pub mod mmio;
 pub mod negotiation;
 pub mod state;
 
-pub use mmio::{Held, MmioTransport};
+pub use mmio::{AttachFailed, Held, MmioTransport};
 pub use state::{RestoreError, TransportState};

@@ -5,13 +5,14 @@
 //! device touches no guest memory, and [`save`](MmioTransport::save) says all there is to know of it.
 //! [`restore`](MmioTransport::restore) ends where `quiesce` does: with a `Held`.
 
-use std::sync::PoisonError;
+use thiserror::Error;
 
 use super::MmioTransport;
 use crate::device_loop::{LoopError, NodeId};
+use crate::virtio::device::{AttachError, Backend};
 use crate::virtio::interrupt::{CONFIG_CHANGE, USED_BUFFER};
 use crate::virtio::transport::negotiation::{Negotiation, status};
-use crate::virtio::transport::state::{RestoreError, TransportState};
+use crate::virtio::transport::state::{ConfigState, RestoreError, TransportState};
 use crate::virtio::{DeviceError, Queue};
 
 /// The queues of a device that is paused. A device that is not live has none, and can be paused all the same.
@@ -34,6 +35,17 @@ impl std::fmt::Debug for Held {
         let queues = self.queues.as_ref().map(Vec::len);
         f.debug_struct("Held").field("queues", &queues).field("restored", &self.restored).finish()
     }
+}
+
+/// Why a device has not got another back end.
+#[derive(Debug, Error)]
+pub enum AttachFailed {
+    /// The device does not take it.
+    #[error(transparent)]
+    Refused(#[from] AttachError),
+    /// The device loop has ended, or the device did not start again.
+    #[error(transparent)]
+    Loop(#[from] LoopError),
 }
 
 impl MmioTransport {
@@ -60,15 +72,7 @@ impl MmioTransport {
         self.check(&held)?;
         let negotiation = self.lock();
         if let Some(queues) = held.queues {
-            let enabled: Vec<bool> = queues.iter().map(Queue::is_enabled).collect();
-            if let Err(error) = self.device_loop.activate(self.node, negotiation.features(), queues) {
-                self.interrupt.device_failed();
-                return Err(error);
-            }
-            // Whoever waited for a host's descriptor, or was rung for in the process that saved it, looks again.
-            for (kick, _) in self.kicks.iter().zip(enabled).filter(|(_, enabled)| *enabled) {
-                let _ = kick.write(1);
-            }
+            self.device_loop.resume(self.node, negotiation.features(), queues)?;
         }
         if held.restored {
             // An interrupt that was on its way when the device was saved may have got lost on it.
@@ -125,18 +129,30 @@ impl MmioTransport {
 
         *negotiation = restored;
         self.interrupt.restore(state.interrupt_status, state.failed);
-        self.set_config(state.config.generation, state.config.bytes != config, config, negotiation.status());
+        self.show_config(&state.config, config, negotiation.status());
         Ok(Held { node: self.node, queues, restored: true })
     }
 
-    /// Shows the driver another configuration space, and tells it so if it `changed`: the generation becomes another, and a
-    /// driver that is at work is interrupted (section 2.5.1).
-    pub(super) fn set_config(&self, generation: u32, changed: bool, bytes: Vec<u8>, status: u32) {
-        let mut config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
-        config.generation = generation.wrapping_add(u32::from(changed));
-        config.bytes = bytes;
-        drop(config);
-        if changed && status & status::DRIVER_OK != 0 {
+    /// Gives the device another back end, whether it is at work or paused; a `Held` stays what it is. May be called before
+    /// [`restore`](Self::restore), and that is best: then the driver of a restored machine need not be told.
+    ///
+    /// # Errors
+    /// [`AttachFailed`]; when the back end was refused, the device goes on with the one that it had.
+    pub fn attach(&self, backend: Backend) -> Result<(), AttachFailed> {
+        let negotiation = self.lock();
+        let bytes = self.device_loop.attach(self.node, negotiation.features(), backend)??;
+        let before = self.config().clone();
+        self.show_config(&before, bytes, negotiation.status());
+        Ok(())
+    }
+
+    /// Shows the driver a configuration space. Where that differs from the one `before`, so does the generation, and a driver
+    /// that is at work is interrupted (section 2.5.1).
+    fn show_config(&self, before: &ConfigState, bytes: Vec<u8>, reached: u32) {
+        let changed = before.bytes != bytes;
+        let generation = before.generation.wrapping_add(u32::from(changed));
+        *self.config() = ConfigState { bytes, generation };
+        if changed && reached & status::DRIVER_OK != 0 {
             self.interrupt.config_changed();
         }
     }
