@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
 use crate::device_loop::{DeviceLoop, RunningLoop};
-use crate::memory::GuestMemory;
+use crate::memory::{self, GuestMemory};
 use crate::virtio::transport::{MmioTransport, TransportState};
 use crate::virtio::{Interrupt, Queue, VirtioDevice};
 
@@ -19,12 +19,41 @@ pub const WRITE: u16 = 2;
 /// Descriptor flag: the buffer is a table of descriptors.
 pub const INDIRECT: u16 = 4;
 
-/// `size` bytes of guest memory from address 0.
+/// `size` bytes of guest memory from address 0, with its dirty pages tracked.
 ///
 /// # Panics
 /// When the host has none.
 pub fn memory(size: usize) -> Arc<GuestMemory> {
-    Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), size)]).expect("test memory"))
+    Arc::new(memory::anonymous(&[(GuestAddress(0), size)], true).expect("test memory"))
+}
+
+/// What `body` returns, after checking that every page of `memory` that changed meanwhile was marked as dirty. The driver's
+/// own writes are marked too, so `body` should only have the device write.
+///
+/// # Panics
+/// When a write went past the marks.
+pub fn marking<T>(memory: &Arc<GuestMemory>, body: impl FnOnce() -> T) -> T {
+    let contents = || {
+        let len = usize::try_from(memory.last_addr().0 + 1).unwrap();
+        let mut bytes = vec![0; len];
+        memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+        bytes
+    };
+    memory::take_dirty_pages(memory);
+    let before = contents();
+    let result = body();
+    let after = contents();
+    let dirty = &memory::take_dirty_pages(memory)[0].pages;
+    let page = memory::PAGE.get();
+    let mut changes = 0;
+    for (index, (before, after)) in before.chunks(page).zip(after.chunks(page)).enumerate() {
+        if before != after {
+            changes += 1;
+            assert!(dirty[index / 64] & 1 << (index % 64) != 0, "page {index} was written to and not marked");
+        }
+    }
+    assert!(changes > 0, "nothing was written");
+    result
 }
 
 /// A driver of one queue. Its rings take 16 KiB from `base`; buffers are cut from the 64 KiB pages after that.

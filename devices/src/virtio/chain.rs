@@ -8,9 +8,9 @@ use std::io;
 use std::sync::Arc;
 
 use thiserror::Error;
-use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend, VolatileSlice};
+use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend};
 
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, Slice};
 
 /// How the driver broke a chain.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -100,13 +100,13 @@ impl Buffers {
     }
 
     /// The next `count` bytes as slices of guest memory, without consuming them.
-    fn peek(&self, count: usize) -> Vec<VolatileSlice<'_>> {
+    fn peek(&self, count: usize) -> Vec<Slice<'_>> {
         let mut slices = Vec::with_capacity(self.segments.len());
         self.peek_into(count, &mut slices);
         slices
     }
 
-    fn peek_into<'a>(&'a self, count: usize, slices: &mut Vec<VolatileSlice<'a>>) {
+    fn peek_into<'a>(&'a self, count: usize, slices: &mut Vec<Slice<'a>>) {
         let mut left = count.min(self.remaining);
         for &(address, len) in &self.segments {
             if left == 0 {
@@ -169,7 +169,7 @@ impl Buffers {
     fn transfer(
         &mut self,
         count: usize,
-        io: impl FnOnce(&[VolatileSlice<'_>]) -> io::Result<usize>,
+        io: impl FnOnce(&[Slice<'_>]) -> io::Result<usize>,
     ) -> io::Result<usize> {
         let moved = io(&self.peek(count))?.min(count);
         self.advance(moved);
@@ -217,7 +217,7 @@ impl Reader {
     pub fn read_with(
         &mut self,
         count: usize,
-        io: impl FnOnce(&[VolatileSlice<'_>]) -> io::Result<usize>,
+        io: impl FnOnce(&[Slice<'_>]) -> io::Result<usize>,
     ) -> io::Result<usize> {
         self.0.transfer(count, io)
     }
@@ -273,13 +273,13 @@ impl Writer {
     pub fn write_with(
         &mut self,
         count: usize,
-        io: impl FnOnce(&[VolatileSlice<'_>]) -> io::Result<usize>,
+        io: impl FnOnce(&[Slice<'_>]) -> io::Result<usize>,
     ) -> io::Result<usize> {
         self.0.transfer(count, io)
     }
 
     /// Adds the room that is left to `slices`, for I/O that spans chains. What it fills is counted by [`fill`](Self::fill).
-    pub fn room<'a>(&'a self, slices: &mut Vec<VolatileSlice<'a>>) {
+    pub fn room<'a>(&'a self, slices: &mut Vec<Slice<'a>>) {
         self.0.peek_into(usize::MAX, slices);
     }
 

@@ -164,7 +164,7 @@ fn host_thread(source: io::Error) -> BuildError {
 impl<'a> Builder<'a> {
     fn new(host: &'a Host, timeline: &'a Timeline, size: u64) -> Result<Self, BuildError> {
         let regions = layout::memory_regions(size)?;
-        let memory = GuestMemory::from_ranges(&regions)
+        let memory = devices::memory::anonymous(&regions, false)
             .map_err(|e| BuildError::Memory { size, cause: e.to_string() })?;
         let memory = Arc::new(memory);
         memory::prefer_huge_pages(&memory);

@@ -133,7 +133,7 @@ impl Net {
         let mut packet = [0u8; 64];
         // As many as an interface queues by default, twice over. Errors show again, and count, later.
         for _ in 0..2000 {
-            if tap.read(&[vm_memory::VolatileSlice::from(&mut packet[..])]).is_err() {
+            if tap.read(&[], &mut packet).is_err() {
                 break;
             }
         }

@@ -9,8 +9,6 @@ use std::io;
 use std::ops::Range;
 use std::sync::atomic::Ordering::Relaxed;
 
-use vm_memory::VolatileSlice;
-
 use super::tap::Tap;
 use super::{Counters, HEADER_LEN, LONGEST};
 use crate::virtio::{Chain, DeviceError, Queue};
@@ -163,8 +161,7 @@ impl Receiver {
     fn read(&mut self, tap: &Tap) -> io::Result<usize> {
         let mut slices = Vec::with_capacity(64);
         self.posted.iter().for_each(|p| p.chain.writer.room(&mut slices));
-        slices.push(VolatileSlice::from(&mut *self.spill));
-        super::retry(|| tap.read(&slices))
+        super::retry(|| tap.read(&slices, &mut self.spill))
     }
 
     /// Gives the chains back that the packet filled, all at once, with their number in its header.

@@ -6,9 +6,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use rustix::fs::OFlags;
 use thiserror::Error;
-use vm_memory::VolatileSlice;
 
 use super::HEADER_LEN;
+use crate::memory::Slice;
 use crate::virtio::vectored;
 
 /// What an interface must be: an Ethernet one, without the old packet information, with virtio's header before each packet.
@@ -83,12 +83,12 @@ impl Tap {
         check(unsafe { libc::ioctl(self.0.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(flags)) })
     }
 
-    /// Reads one packet into `slices`; what does not fit is lost.
+    /// Reads one packet into `slices`, and what does not fit into `spill`; what does not fit there either is lost.
     ///
     /// # Errors
     /// That of `readv(2)`; `WouldBlock` when there is none.
-    pub fn read(&self, slices: &[VolatileSlice<'_>]) -> io::Result<usize> {
-        vectored::read(&self.0, slices)
+    pub fn read(&self, slices: &[Slice<'_>], spill: &mut [u8]) -> io::Result<usize> {
+        vectored::read_spilling(&self.0, slices, spill)
     }
 
     /// Writes one packet.
@@ -96,7 +96,7 @@ impl Tap {
     /// # Errors
     /// That of `writev(2)`: `WouldBlock` when the interface is congested, `EIO` when it is down, `EINVAL` when header and
     /// packet do not agree.
-    pub fn write(&self, slices: &[VolatileSlice<'_>]) -> io::Result<usize> {
+    pub fn write(&self, slices: &[Slice<'_>]) -> io::Result<usize> {
         vectored::write(&self.0, slices)
     }
 }

@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
 use super::*;
-use crate::testing::Guest;
+use crate::testing::{self, Guest};
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 const HOST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -271,6 +271,12 @@ fn a_packet_waits_for_the_driver() {
         let (_, segment, count) = card.segment(UDP);
         assert_eq!((&segment[8..], count), (&text[..], 4), "100 + 3 × 400 bytes");
         assert_eq!(card.segment(UDP).1[8..], *b"second");
+        let memory = card.guest.drivers[RX].memory.clone();
+        let again = testing::marking(&memory, || {
+            socket.send_to(&text, "10.9.0.2:5000").unwrap();
+            card.segment(UDP)
+        });
+        assert_eq!(again.1[8..], text);
     });
 }
 
