@@ -8,6 +8,8 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
@@ -33,6 +35,10 @@ const LINE_STATUS: u8 = 5;
 const RECEIVED: u8 = 0x01;
 /// LINE_STATUS: the receive FIFO holds a byte.
 const DATA_READY: u8 = 0x01;
+/// LINE_STATUS: whatever is sent is gone at once.
+const IDLE: u8 = 0x60;
+/// Bytes that the FIFO holds.
+const FIFO: usize = 64;
 /// LINE_CONTROL: registers 0 and 1 are the baud rate's divisor.
 const DIVISOR_LATCH: u8 = 0x80;
 
@@ -46,6 +52,62 @@ impl Trigger for Line {
         // An eventfd refuses a write only when its counter is full: then the line is raised already.
         let _ = self.0.write(1);
         Ok(())
+    }
+}
+
+/// What a snapshot carries of the chip. It may come from anybody.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialState {
+    /// Divisor latch, low byte first.
+    pub divisor: [u8; 2],
+    /// Interrupt enable register.
+    pub interrupt_enable: u8,
+    /// Interrupt identification register, without the FIFO bits.
+    pub interrupt_identification: u8,
+    /// Line control register.
+    pub line_control: u8,
+    /// Line status register.
+    pub line_status: u8,
+    /// Modem control register.
+    pub modem_control: u8,
+    /// Modem status register.
+    pub modem_status: u8,
+    /// Scratch register.
+    pub scratch: u8,
+    /// Received bytes that the driver has not read.
+    pub fifo: Vec<u8>,
+    /// Input that waits for room in there.
+    pub waiting: Vec<u8>,
+}
+
+/// Why saved state is not taken. The port is as it was.
+#[derive(Debug, Error)]
+pub enum SerialError {
+    /// No driver can have brought the chip there.
+    #[error("the saved serial port cannot be: {0}")]
+    Impossible(&'static str),
+    /// The host refused a descriptor.
+    #[error("serial port: {0}")]
+    Host(#[from] io::Error),
+}
+
+impl SerialState {
+    fn check(&self) -> Result<(), SerialError> {
+        let rules = [
+            (self.fifo.len() <= FIFO, "more bytes than its FIFO holds"),
+            (self.waiting.len() <= MOST_INPUT, "more input waits than may"),
+            (self.interrupt_enable & !0x0f == 0, "interrupts that do not exist are enabled"),
+            (self.interrupt_identification & !0x07 == 0, "interrupts that do not exist are pending"),
+            // The transmitter is always ready, and data is ready when there is some.
+            (
+                self.line_status == IDLE | u8::from(!self.fifo.is_empty()),
+                "its line status contradicts its FIFO",
+            ),
+        ];
+        match rules.iter().find(|(holds, _)| !holds) {
+            Some((_, rule)) => Err(SerialError::Impossible(rule)),
+            None => Ok(()),
+        }
     }
 }
 
@@ -124,6 +186,53 @@ impl SerialPort {
         taken.len()
     }
 
+    /// What a snapshot carries of the port. What the guest has printed is the console's.
+    pub fn save(&self) -> SerialState {
+        let port = self.lock();
+        let uart = port.uart.state();
+        SerialState {
+            divisor: [uart.baud_divisor_low, uart.baud_divisor_high],
+            interrupt_enable: uart.interrupt_enable,
+            interrupt_identification: uart.interrupt_identification,
+            line_control: uart.line_control,
+            line_status: uart.line_status,
+            modem_control: uart.modem_control,
+            modem_status: uart.modem_status,
+            scratch: uart.scratch,
+            fifo: uart.in_buffer,
+            waiting: port.waiting.iter().copied().collect(),
+        }
+    }
+
+    /// Becomes the port that `state` was saved from, on the console that it has. An interrupt that was pending is raised again,
+    /// so the interrupt controller must have its own state already.
+    ///
+    /// # Errors
+    /// [`SerialError`]; the port is as it was then.
+    pub fn restore(&self, state: SerialState) -> Result<(), SerialError> {
+        state.check()?;
+        let mut port = self.lock();
+        let [baud_divisor_low, baud_divisor_high] = state.divisor;
+        let uart = vm_superio::SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.fifo,
+        };
+        let console = port.uart.writer().clone();
+        let line = Line(self.line.try_clone()?);
+        port.uart = Serial::from_state(&uart, line, NoEvents, console)
+            .map_err(|_| SerialError::Impossible("vm-superio refuses it"))?;
+        port.waiting = state.waiting.into();
+        Ok(())
+    }
+
     fn lock(&self) -> MutexGuard<'_, Port> {
         // Nothing here panics with the lock held, and plain data cannot be left half-changed.
         self.port.lock().unwrap_or_else(PoisonError::into_inner)
@@ -150,81 +259,5 @@ impl BusDevice for SerialPort {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn port() -> (SerialPort, Console) {
-        let console = Console::new();
-        (SerialPort::new(console.clone()).unwrap(), console)
-    }
-
-    fn get(port: &SerialPort, register: u8) -> u8 {
-        let mut byte = [0];
-        port.read(register.into(), &mut byte);
-        byte[0]
-    }
-
-    fn set(port: &SerialPort, register: u8, value: u8) {
-        port.write(register.into(), &[value]);
-    }
-
-    #[test]
-    fn what_is_written_reaches_the_console() {
-        let (port, console) = port();
-        for byte in b"hello\n" {
-            assert_eq!(get(&port, LINE_STATUS) & 0x60, 0x60, "always ready to send");
-            set(&port, DATA, *byte);
-        }
-        assert_eq!(console.tail(), b"hello\n");
-        assert!(port.line().read().is_err(), "nobody asked for interrupts");
-    }
-
-    #[test]
-    fn is_found_by_a_driver() {
-        // What Linux's `autoconfig` looks at: the scratch register, the interrupt enable register, loopback, FIFOs.
-        let (port, _) = port();
-        set(&port, INTERRUPT_ENABLE, 0xff);
-        assert_eq!(get(&port, INTERRUPT_ENABLE), 0x0f);
-        set(&port, INTERRUPT_ENABLE, 0);
-        set(&port, 7, 0x5a);
-        assert_eq!(get(&port, 7), 0x5a);
-        set(&port, MODEM_CONTROL, 0x1a);
-        assert_eq!(get(&port, 6) & 0xf0, 0x90, "RTS and OUT2 come back as CTS and DCD");
-        set(&port, MODEM_CONTROL, 0);
-        assert_eq!(get(&port, 2) & 0xc0, 0xc0, "a 16550A with FIFOs");
-        let mut all = [0; 8];
-        port.read(0, &mut all);
-        assert_eq!((all[5], all[7]), (0x60, 0x5a));
-    }
-
-    #[test]
-    fn input_waits_for_the_driver_and_then_for_room() {
-        let (port, _) = port();
-        let text: Vec<u8> = (0..200).collect();
-        assert_eq!(port.input(&text), 200);
-        assert_eq!(get(&port, LINE_STATUS) & DATA_READY, 0, "nobody listens");
-        set(&port, MODEM_CONTROL, 0x10);
-        set(&port, INTERRUPT_ENABLE, RECEIVED);
-        assert_eq!(get(&port, LINE_STATUS) & DATA_READY, 0, "not in loopback mode");
-        set(&port, MODEM_CONTROL, 0);
-        let mut heard = Vec::new();
-        let mut interrupts = 0;
-        while port.line().read().is_ok() {
-            interrupts += 1;
-            for _ in 0..64 {
-                if get(&port, LINE_STATUS) & DATA_READY != 0 {
-                    heard.push(get(&port, DATA));
-                }
-            }
-        }
-        assert_eq!(heard, text);
-        assert_eq!(interrupts, 4, "one for each filling of the FIFO");
-    }
-
-    #[test]
-    fn input_is_bounded() {
-        let (port, _) = port();
-        assert_eq!(port.input(&vec![b'x'; MOST_INPUT + 1]), MOST_INPUT);
-        assert_eq!(port.input(b"more"), 0);
-    }
-}
+#[path = "serial_tests.rs"]
+mod tests;
