@@ -2,9 +2,11 @@
 
 use std::fs::File;
 use std::io;
+use std::sync::Arc;
 
 use thiserror::Error;
 
+use super::overlay::Overlay;
 use super::raw::Raw;
 use crate::virtio::{Reader, Writer};
 
@@ -29,13 +31,29 @@ pub enum DiskError {
 }
 
 /// What is in a disk's slot, opened by somebody else.
+///
+/// Whoever opened it may keep a [`try_clone`](Self::try_clone) beside the device, to read what the disk holds while the device
+/// is quiesced: that is how a snapshot copies the disk of a machine that lives on. Nothing but the device writes to it.
 #[derive(Debug)]
 pub enum Medium {
     /// A raw file or a block device.
     Raw(File),
+    /// Changes over a base that is only read.
+    Overlay(Arc<Overlay>),
 }
 
 impl Medium {
+    /// Another handle to the same bytes, not a copy of them.
+    ///
+    /// # Errors
+    /// That of `dup(2)`: there are too many open files.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(match self {
+            Medium::Raw(file) => Medium::Raw(file.try_clone()?),
+            Medium::Overlay(overlay) => Medium::Overlay(overlay.clone()),
+        })
+    }
+
     /// The medium as a disk that may be written to or not.
     ///
     /// # Errors
@@ -43,6 +61,7 @@ impl Medium {
     pub(super) fn open(self, read_only: bool) -> Result<Box<dyn Disk>, DiskError> {
         match self {
             Medium::Raw(file) => Ok(Box::new(Raw::new(file, read_only)?)),
+            Medium::Overlay(overlay) => Ok(Box::new(overlay)),
         }
     }
 }

@@ -6,6 +6,7 @@
 //! place to change for I/O that completes later ([`request`] and the chain, which borrows nothing, do not care).
 
 mod disk;
+mod overlay;
 mod raw;
 mod request;
 
@@ -14,6 +15,7 @@ use std::io;
 
 use disk::Disk;
 pub use disk::{DiskError, Medium};
+pub use overlay::{Overlay, OverlayError, Piece};
 use request::{ID_LEN, Request, Shape, Status};
 use serde::{Deserialize, Serialize};
 
