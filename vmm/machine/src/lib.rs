@@ -16,6 +16,7 @@ pub mod host;
 pub mod kvm;
 pub mod layout;
 pub mod plan;
+pub mod snapshot;
 pub mod timeline;
 pub mod vcpu;
 

@@ -21,7 +21,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use thiserror::Error;
 
 pub use console::{ConsoleError, ConsoleOutput};
-pub use disk::{Disk, DiskError, DiskFault};
+pub use disk::{Disk, DiskError, DiskFault, SECTOR};
 pub use socket::{ListeningSocket, SocketError};
 
 use crate::boot::{self, BootError, Kernel, KernelError};
@@ -195,7 +195,7 @@ fn initramfs(config: &MachineConfig, assets: &Assets) -> Result<Option<Cow<'stat
 
 /// Opens a file without waiting for whatever it may be: a pipe has no other end, a drive no disk. Reading and writing it may
 /// wait then, as usual; io_uring would take the flag to mean that a read may fail instead.
-fn open_no_wait(path: &Path, flags: OFlags, mode: Mode) -> Result<File, Errno> {
+pub(crate) fn open_no_wait(path: &Path, flags: OFlags, mode: Mode) -> Result<File, Errno> {
     let file = rustix::fs::open(path, flags | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC, mode)?;
     fcntl_setfl(&file, fcntl_getfl(&file)? & !OFlags::NONBLOCK)?;
     Ok(file.into())
