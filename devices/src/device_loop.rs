@@ -4,13 +4,14 @@
 //! it on this thread; a transport's status write reaches it as a short synchronous call ([`LoopHandle`]). Devices never wait
 //! for a vCPU, so such a call always ends.
 
+mod node;
+
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::thread::JoinHandle;
 
-use event_manager::{
-    EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId, SubscriberOps,
-};
+use event_manager::{EventManager, EventOps, EventSet, Events, RemoteEndpoint, SubscriberId, SubscriberOps};
+pub use node::Node;
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -20,6 +21,7 @@ use crate::virtio::{DeviceError, DeviceKind, Interrupt, Queue, VirtioDevice};
 /// A device's own name for one of the file descriptors that it watches. The upper half of the range is the loop's.
 pub type Source = u32;
 
+/// Marks a doorbell; the rest is its queue's number.
 const KICK: u32 = 1 << 31;
 
 /// Why the loop cannot serve.
@@ -99,117 +101,6 @@ impl Watch {
     }
 }
 
-/// One device on the loop: adapts any [`VirtioDevice`] to event-manager.
-pub struct Node {
-    device: Box<dyn VirtioDevice>,
-    kind: DeviceKind,
-    interrupt: Interrupt,
-    /// One doorbell a queue.
-    kicks: Vec<EventFd>,
-    active: bool,
-    /// How often its driver broke a rule.
-    failures: u32,
-}
-
-impl Node {
-    fn watch_kicks(&self, watch: &mut Watch, on: bool) {
-        for (index, kick) in (0u32..).zip(&self.kicks) {
-            let (fd, data) = (kick.as_raw_fd(), KICK | index);
-            watch.changes.push(match on {
-                true => Change::Add(fd, data, EventSet::IN),
-                false => Change::Remove(fd, data),
-            });
-        }
-    }
-
-    fn activate(&mut self, features: u64, queues: Vec<Queue>, watch: &mut Watch) -> Result<(), DeviceError> {
-        if self.active {
-            return Err(DeviceError::Protocol("device is active already".into()));
-        }
-        if let Err(error) = self.device.activate(features, queues, watch) {
-            drop(self.device.quiesce(watch));
-            return Err(error);
-        }
-        // A driver may have rung before it was done with the status register: an eventfd still rings.
-        self.active = true;
-        self.watch_kicks(watch, true);
-        Ok(())
-    }
-
-    /// Activates a device whose driver is at work. It looks at every queue once: it may have waited for a descriptor of the
-    /// host, or been rung for in another process.
-    fn resume(&mut self, features: u64, queues: Vec<Queue>, watch: &mut Watch) -> Result<(), DeviceError> {
-        let enabled: Vec<bool> = queues.iter().map(Queue::is_enabled).collect();
-        if let Err(error) = self.activate(features, queues, watch) {
-            self.interrupt.device_failed();
-            return Err(error);
-        }
-        for (kick, _) in self.kicks.iter().zip(enabled).filter(|(_, enabled)| *enabled) {
-            // An eventfd refuses a write only when its counter is full: then it rings already.
-            let _ = kick.write(1);
-        }
-        Ok(())
-    }
-
-    /// Takes the queues back; `None` when the device had none, because it is not active or has failed.
-    fn quiesce(&mut self, watch: &mut Watch) -> Option<Vec<Queue>> {
-        if !std::mem::take(&mut self.active) {
-            return None;
-        }
-        self.watch_kicks(watch, false);
-        Some(self.device.quiesce(watch))
-    }
-
-    fn reset(&mut self, watch: &mut Watch) {
-        // The driver lays fresh rings out; the old ones end here.
-        drop(self.quiesce(watch));
-        self.device.reset(watch);
-    }
-
-    fn restore(&mut self, state: DeviceState) -> Result<Vec<u8>, StateError> {
-        if self.active {
-            return Err(StateError::Mismatch("the device is active already".into()));
-        }
-        self.device.restore(state)?;
-        Ok(self.device.profile().config)
-    }
-
-    fn serve(&mut self, data: u32, watch: &mut Watch) {
-        let outcome = if data & KICK == 0 {
-            self.device.ready(data, watch)
-        } else {
-            let index = data & !KICK;
-            let Some(kick) = usize::try_from(index).ok().and_then(|i| self.kicks.get(i)) else { return };
-            // Non-blocking: a doorbell that somebody else drained is no reason to wait.
-            let _ = kick.read();
-            match usize::try_from(index) {
-                Ok(queue) => self.device.kicked(queue, watch),
-                Err(_) => return,
-            }
-        };
-        if let Err(error) = outcome {
-            // A driver that does nothing else must not fill the log of its host.
-            self.failures = self.failures.saturating_add(1);
-            if self.failures.is_power_of_two() {
-                log::error!("virtio-{}: {error}; the device waits for its driver to reset it", self.kind);
-            }
-            // The queues go: no doorbell or descriptor wakes a device whose driver broke the rules.
-            drop(self.quiesce(watch));
-            self.interrupt.device_failed();
-        }
-    }
-}
-
-impl MutEventSubscriber for Node {
-    fn process(&mut self, events: Events, ops: &mut EventOps) {
-        let mut watch = Watch::default();
-        self.serve(events.data(), &mut watch);
-        watch.apply(ops);
-    }
-
-    fn init(&mut self, _ops: &mut EventOps) {}
-}
-
 /// Names a device on the loop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NodeId(SubscriberId);
@@ -261,7 +152,7 @@ impl LoopHandle {
     /// # Errors
     /// [`LoopError`] when the loop has ended.
     pub fn save(&self, id: NodeId) -> Result<DeviceState, LoopError> {
-        self.call(id, |node, _| Ok(node.device.save()))
+        self.call(id, |node, _| Ok(node.save()))
     }
 
     /// Makes device `id`, which was not active yet, the one that `state` was saved from. Returns its configuration space.
@@ -291,7 +182,7 @@ impl LoopHandle {
             watch.apply(&mut manager.event_ops(id.0)?);
             let mut watch = Watch::default();
             let node = manager.subscriber_mut(id.0)?;
-            let outcome = node.device.attach(backend);
+            let outcome = node.attach(backend);
             let restarted = queues.map_or(Ok(()), |queues| node.resume(features, queues, &mut watch));
             watch.apply(&mut manager.event_ops(id.0)?);
             restarted?;
@@ -337,14 +228,7 @@ impl DeviceLoop {
         interrupt: Interrupt,
         kicks: Vec<EventFd>,
     ) -> NodeId {
-        NodeId(self.manager.add_subscriber(Node {
-            device,
-            kind,
-            interrupt,
-            kicks,
-            active: false,
-            failures: 0,
-        }))
+        NodeId(self.manager.add_subscriber(Node::new(device, kind, interrupt, kicks)))
     }
 
     /// A way into the loop for transports and the controller.

@@ -186,6 +186,11 @@ impl Reader {
         self.0.remaining
     }
 
+    /// How many bytes were read, or skipped.
+    pub fn consumed(&self) -> usize {
+        self.0.done
+    }
+
     /// Reads exactly `data.len()` bytes.
     ///
     /// # Errors
@@ -311,6 +316,7 @@ impl Writer {
 /// A chain of buffers, owned by the device until it is pushed back.
 pub struct Chain {
     head: u16,
+    failed: bool,
     /// What the driver tells the device.
     pub reader: Reader,
     /// Where the device answers.
@@ -336,12 +342,22 @@ impl Chain {
                 readable.push(head, segment)?;
             }
         }
-        Ok(Chain { head, reader: Reader(readable), writer: Writer(writable) })
+        Ok(Chain { head, failed: false, reader: Reader(readable), writer: Writer(writable) })
     }
 
     /// Index of the chain's first descriptor, by which the driver knows it.
     pub fn head(&self) -> u16 {
         self.head
+    }
+
+    /// Counts the request among those that failed.
+    pub fn fail(&mut self) {
+        self.failed = true;
+    }
+
+    /// Whether [`fail`](Self::fail) was called.
+    pub fn has_failed(&self) -> bool {
+        self.failed
     }
 
     /// How many bytes the device wrote.

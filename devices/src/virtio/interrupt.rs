@@ -1,5 +1,7 @@
 //! A device's way to the guest's attention: interrupt status bits, and the eventfd that an irqfd listens to.
 //!
+//! It also carries the device's counters: it is what transport, queues and loop have in common.
+//!
 //! Shared by the transport (which shows the bits to the driver on vCPU threads) and the queues (which raise them on the
 //! device loop).
 
@@ -8,6 +10,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use vmm_sys_util::eventfd::EventFd;
+
+use super::metrics::Counters;
 
 /// InterruptStatus bit 0: the device has used a buffer (section 4.2.2).
 pub const USED_BUFFER: u32 = 1;
@@ -22,6 +26,7 @@ struct Inner {
     line: EventFd,
     status: AtomicU32,
     failed: AtomicBool,
+    counters: Counters,
 }
 
 impl Interrupt {
@@ -31,12 +36,18 @@ impl Interrupt {
     /// That of `eventfd(2)`.
     pub fn new() -> io::Result<Self> {
         let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        Ok(Interrupt(Arc::new(Inner { line, status: AtomicU32::new(0), failed: AtomicBool::new(false) })))
+        let (status, failed, counters) = Default::default();
+        Ok(Interrupt(Arc::new(Inner { line, status, failed, counters })))
     }
 
     /// The eventfd that is written to when the line is raised: what a VM registers as an irqfd.
     pub fn line(&self) -> &EventFd {
         &self.0.line
+    }
+
+    /// What the device has done.
+    pub fn counters(&self) -> &Counters {
+        &self.0.counters
     }
 
     /// Tells the driver that buffers were used.
@@ -46,13 +57,16 @@ impl Interrupt {
 
     /// Tells the driver that the device's configuration, or its status, has changed.
     pub fn config_changed(&self) {
+        self.0.counters.config_change();
         self.raise(CONFIG_CHANGE);
     }
 
     /// Says that the device is beyond use until it is reset: the transport shows `DEVICE_NEEDS_RESET` (section 2.1.2).
     pub fn device_failed(&self) {
+        // Counted first: whoever sees the failure finds it counted.
+        self.0.counters.config_change();
         self.0.failed.store(true, Ordering::Release);
-        self.config_changed();
+        self.raise(CONFIG_CHANGE);
     }
 
     /// Whether [`device_failed`](Self::device_failed) was called since the last [`reset`](Self::reset).
@@ -90,6 +104,7 @@ impl Interrupt {
     }
 
     fn raise(&self, bit: u32) {
+        self.0.counters.interrupt();
         self.0.status.fetch_or(bit, Ordering::AcqRel);
         // An eventfd refuses a write only when its counter is full: then the line is raised already.
         let _ = self.0.line.write(1);

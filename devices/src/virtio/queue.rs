@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
+use std::time::Instant;
 
 use thiserror::Error;
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
@@ -118,8 +119,19 @@ impl Queue {
     /// # Errors
     /// [`QueueError::Used`] when the used ring cannot be written.
     pub fn push(&mut self, chain: Chain) -> Result<(), QueueError> {
+        self.count(&chain);
         self.unannounced = self.unannounced.wrapping_add(1);
         self.ring.add_used(&*self.memory, chain.head(), chain.used_len()).map_err(QueueError::Used)
+    }
+
+    fn count(&self, chain: &Chain) {
+        let (read, written) = (chain.writer.written(), chain.reader.consumed());
+        self.interrupt.counters().request(read, written, chain.has_failed());
+    }
+
+    /// Counts something that failed without being a request: a packet that was dropped.
+    pub fn count_error(&self) {
+        self.interrupt.counters().error();
     }
 
     /// Gives chains back so that the driver sees all of them or none: what they hold belongs together.
@@ -139,6 +151,7 @@ impl Queue {
                 self.unannounced = self.unannounced.wrapping_add(at);
                 return self.push(chain);
             }
+            self.count(&chain);
             // Section 2.7.8: flags and index, then eight bytes an element.
             let element = [u32::from(chain.head()).to_le(), chain.used_len().to_le()];
             let offset = 4 + 8 * u64::from(slot % self.ring.size());
@@ -194,6 +207,8 @@ impl Queue {
         }
         let memory = self.memory.clone();
         let mut turn = self.ring.size();
+        // One look at the clock a request: it ends where the next begins.
+        let mut began = Instant::now();
         'turn: loop {
             self.ring.disable_notification(&*memory).map_err(QueueError::Avail)?;
             while let Some(mut chain) = self.pop()? {
@@ -203,6 +218,9 @@ impl Queue {
                     break 'turn;
                 }
                 self.push(chain)?;
+                let now = Instant::now();
+                self.interrupt.counters().latency(now.saturating_duration_since(began));
+                began = now;
                 turn = turn.saturating_sub(1);
                 if served == Served::Enough || turn == 0 {
                     self.come_again();

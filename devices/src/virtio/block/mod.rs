@@ -119,6 +119,9 @@ impl Block {
             },
             Err(answer) => (answer, Work::Moved(0)),
         };
+        if answer != Status::Ok {
+            chain.fail();
+        }
         status.write_all(&[answer as u8])?;
         // The used length promises that all bytes up to it were written: the status counts only where no gap is before it.
         if chain.writer.remaining() == 0 {

@@ -194,9 +194,21 @@ fn a_guest_reads_and_writes_through_its_registers() {
         assert_eq!(guest.drivers[0].bytes(answer[0], 512), before[sector * 512..][..512]);
     }
     assert_eq!(contents(&file)[5 * 512..6 * 512], [0x55; 512]);
+    let (_, at) = guest.drivers[0].send(&[&header(IN, 99)], &[512, 1]);
+    guest.kick(0);
+    guest.receive(0);
+    assert_eq!(guest.drivers[0].bytes(at[1], 1), [1]);
+    let metrics = guest.transport.metrics();
+    assert_eq!((metrics.requests, metrics.errors, metrics.config_changes), (35, 1, 0));
+    assert_eq!(metrics.written_bytes, 35 * 16 + 512);
+    assert_eq!(metrics.read_bytes, 32 * 513 + 2, "the failed one ends with a gap and its status");
+    assert!(metrics.kicks >= 2 && (1..=35).contains(&metrics.interrupts), "{metrics:?}");
     guest.drivers[0].send(&[&header(IN, 0)], &[]);
     guest.kick(0);
     guest.wait_for_failure();
+    let metrics = guest.transport.metrics();
+    assert_eq!((metrics.requests, metrics.errors, metrics.config_changes), (35, 2, 1));
+    assert_eq!(metrics.latency.iter().sum::<u64>(), 35);
 }
 
 #[test]

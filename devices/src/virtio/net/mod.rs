@@ -193,6 +193,7 @@ fn send(tap: Option<&Tap>, counters: &Counters, chain: &mut Chain) -> Served {
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Served::Later,
         Err(_) => {
             counters.tx_dropped.fetch_add(1, Relaxed);
+            chain.fail();
             Served::Done
         }
     }

@@ -85,13 +85,13 @@ impl Receiver {
                 }
             }
             match self.read(tap) {
-                Ok(len) if len < HEADER_LEN => counters.rx_dropped.fetch_add(1, Relaxed),
+                Ok(len) if len < HEADER_LEN => self.lose(counters),
                 Ok(len) => {
                     self.failures = 0;
                     let room: usize = self.posted.iter().map(|p| p.size).sum();
                     let spilled = len.saturating_sub(room);
                     if spilled > 0 && (!self.mergeable || spilled > self.spill.len()) {
-                        counters.rx_dropped.fetch_add(1, Relaxed);
+                        self.lose(counters);
                         continue;
                     }
                     (self.len, self.rest) = (len, 0..spilled);
@@ -111,11 +111,17 @@ impl Receiver {
                         );
                         return Ok(Turn::Gone);
                     }
-                    counters.rx_dropped.fetch_add(1, Relaxed)
+                    self.lose(counters);
                 }
             };
         }
         Ok(Turn::Over)
+    }
+
+    /// Counts a packet that the guest does not get.
+    fn lose(&self, counters: &Counters) {
+        counters.rx_dropped.fetch_add(1, Relaxed);
+        self.queue.count_error();
     }
 
     /// Whether there are chains for a packet, after delivering one that waited for them.

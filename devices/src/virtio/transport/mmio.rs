@@ -18,7 +18,7 @@ use super::state::ConfigState;
 use crate::bus::BusDevice;
 use crate::device_loop::{DeviceLoop, LoopError, LoopHandle, NodeId};
 use crate::memory::GuestMemory;
-use crate::virtio::{DeviceError, Interrupt, Profile, Queue, VirtioDevice};
+use crate::virtio::{DeviceError, DeviceMetrics, Interrupt, Profile, Queue, VirtioDevice};
 
 /// Bytes of address space that one device takes.
 pub const MMIO_SIZE: u64 = 0x1000;
@@ -112,6 +112,11 @@ impl MmioTransport {
     /// The doorbells, one a queue, for a VM to ring when the guest writes the queue's number to [`DOORBELL`].
     pub fn kicks(&self) -> &[EventFd] {
         &self.kicks
+    }
+
+    /// What the device has done so far. On any thread.
+    pub fn metrics(&self) -> DeviceMetrics {
+        self.interrupt.counters().metrics(self.profile.kind)
     }
 
     fn lock(&self) -> MutexGuard<'_, Negotiation> {
