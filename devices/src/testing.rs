@@ -1,6 +1,7 @@
 //! The driver's side of a queue, for tests: lays rings out in guest memory and plays guests, well- and ill-behaved.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use virtio_queue::{Queue as Ring, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
@@ -18,6 +19,9 @@ pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
 /// Descriptor flag: the buffer is a table of descriptors.
 pub const INDIRECT: u16 = 4;
+
+/// Feature bit: [`Driver::event_idx`].
+pub const EVENT_IDX: u64 = 1 << 29;
 
 /// `size` bytes of guest memory from address 0, with its dirty pages tracked.
 ///
@@ -66,13 +70,24 @@ pub struct Driver {
     free_buffer: u64,
     avail: u16,
     used_seen: u16,
+    /// Says which used entry it waits for, as a driver that took `RING_EVENT_IDX` does.
+    pub event_idx: bool,
 }
 
 impl Driver {
     /// A driver with a queue of `size` entries (at most 256) whose rings begin at `base`.
     pub fn new(memory: Arc<GuestMemory>, base: u64, size: u16) -> Self {
         assert!(size <= 256, "the test driver's rings have room for 256 entries");
-        Driver { memory, base, size, free_descriptor: 0, free_buffer: base + 0x4000, avail: 0, used_seen: 0 }
+        Driver {
+            memory,
+            base,
+            size,
+            free_descriptor: 0,
+            free_buffer: base + 0x4000,
+            avail: 0,
+            used_seen: 0,
+            event_idx: false,
+        }
     }
 
     /// Addresses of the descriptor table, the available ring and the used ring.
@@ -155,7 +170,12 @@ impl Driver {
 
     /// The next used entry: the chain's head and the used length.
     pub fn receive(&mut self) -> Option<(u32, u32)> {
-        let (_, _, ring) = self.rings();
+        let (_, avail, ring) = self.rings();
+        if self.event_idx {
+            // First say what to wait for, then look.
+            let event = GuestAddress(avail + 4 + 2 * u64::from(self.size));
+            self.memory.store(self.used_seen, event, Ordering::SeqCst).unwrap();
+        }
         let index: u16 = self.memory.read_obj(GuestAddress(ring + 2)).unwrap();
         if index == self.used_seen {
             return None;
@@ -229,14 +249,15 @@ impl Guest {
     /// Starts `device` as a driver would that takes those of `features` that it offers.
     pub fn start(device: Box<dyn VirtioDevice>, features: u64) -> Self {
         let guest = Guest::new(device);
-        guest.steps(features).iter().for_each(|&(register, value)| guest.set(register, value));
+        guest.steps(features & !EVENT_IDX).iter().for_each(|&(register, value)| guest.set(register, value));
         assert_eq!(guest.get(0x70), 15, "the device is live");
         guest
     }
 
     /// The register writes that make the device live, for a driver that takes those of `features` that are offered.
     pub fn steps(&self, features: u64) -> Vec<(u64, u32)> {
-        let features = u32::try_from(features & self.transport.profile().features).unwrap();
+        let offered = self.transport.profile().features | EVENT_IDX;
+        let features = u32::try_from(features & offered).unwrap();
         let mut steps =
             vec![(0x70, 1), (0x70, 3), (0x24, 1), (0x20, 1), (0x24, 0), (0x20, features), (0x70, 11)];
         for (i, driver) in (0u32..).zip(&self.drivers) {

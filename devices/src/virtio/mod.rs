@@ -24,3 +24,6 @@ pub use metrics::DeviceMetrics;
 pub use net::Net;
 pub use queue::{Queue, QueueError};
 pub use rng::Rng;
+
+#[cfg(test)]
+mod saved_tests;

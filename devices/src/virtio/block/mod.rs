@@ -158,7 +158,8 @@ impl Block {
         self.failures += 1;
         if self.failures.is_power_of_two() {
             let id = String::from_utf8_lossy(&self.id);
-            let id = id.trim_end_matches('\0');
+            // It may come out of a snapshot, and the log may be a terminal.
+            let id = id.trim_end_matches('\0').escape_debug();
             log::error!("disk {id}: {request:?}: {error} ({} failed so far)", self.failures);
         }
     }

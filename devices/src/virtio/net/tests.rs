@@ -1,6 +1,8 @@
 //! Against the kernel's own network, in a network namespace that ends with its test. That takes root; without it these tests
 //! say so and pass, but for CI.
 
+mod changes;
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{TcpListener, UdpSocket};
@@ -47,6 +49,10 @@ fn with_tap(body: impl FnOnce(OwnedFd) + Send + 'static) {
             assert!(std::env::var_os("CI").is_none(), "CI needs root and /dev/net/tun");
             eprintln!("skipped: a network namespace needs root and /dev/net/tun");
             return;
+        }
+        // Without IPv6 the host says nothing of its own accord that would take buffers from a test.
+        for conf in ["all", "default"] {
+            let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{conf}/disable_ipv6"), "1");
         }
         // A link that gets its carrier once it is up loses packets until the kernel has noticed.
         let tap = attach("tap0", tap::FLAGS);
@@ -342,33 +348,6 @@ fn whatever_a_driver_sends_is_sent_or_dropped() {
         let card = card.into_inner();
         assert!(card.counters.tx_dropped.load(Relaxed) > 0);
         assert_eq!(card.guest.get(0x70), 15, "the card lives");
-    });
-}
-
-#[test]
-fn a_card_is_plugged_in_while_it_runs() {
-    with_tap(|tap| {
-        let net = Net::unplugged(MAC).unwrap();
-        let counters = net.counters();
-        let guest = Guest::start(Box::new(net), !0);
-        let mut card = Card { guest, counters, posted: Default::default() };
-        card.post(8, &[1526]);
-        let packet = frame(UDP, udp(b"lost"), 0);
-        card.send(&[&packet]);
-        assert_eq!(card.counters.tx_dropped.load(Relaxed), 1);
-        assert!(card.guest.transport.attach(Backend::Tap(File::open("/dev/null").unwrap().into())).is_err());
-        card.guest.transport.attach(Backend::Tap(tap)).unwrap();
-        assert_eq!(card.guest.get(0xfc), 0, "its address is what it was");
-        let socket = UdpSocket::bind("10.9.0.1:6000").unwrap();
-        card.send(&[&frame(UDP, udp(b"heard"), 0)]);
-        let mut heard = [0; 100];
-        let (len, from) = socket.recv_from(&mut heard).unwrap();
-        assert_eq!(&heard[..len], b"heard");
-        // A pause loses nothing that the host sent meanwhile.
-        let held = card.guest.transport.quiesce().unwrap();
-        socket.send_to(b"answer", from).unwrap();
-        card.guest.transport.resume(held).unwrap();
-        assert_eq!(card.segment(UDP).1[8..], *b"answer");
     });
 }
 

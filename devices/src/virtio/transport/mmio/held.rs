@@ -52,10 +52,14 @@ impl MmioTransport {
     /// Takes the queues back from the device. What it had begun is finished.
     ///
     /// # Errors
-    /// [`LoopError`] when the device loop has ended.
+    /// [`LoopError`] when the device loop has ended, or the device is paused already.
     pub fn quiesce(&self) -> Result<Held, LoopError> {
-        let _negotiation = self.lock();
+        let negotiation = self.lock();
         let mut queues = self.device_loop.quiesce(self.node)?;
+        let live = negotiation.status() & status::DRIVER_OK != 0 && !self.interrupt.has_failed();
+        if live && queues.is_none() {
+            return Err(DeviceError::Protocol("the device is paused already".into()).into());
+        }
         for queue in queues.iter_mut().flatten() {
             // What was used and not announced yet would be forgotten. The rings lie in memory: that was checked.
             let _ = queue.notify();
