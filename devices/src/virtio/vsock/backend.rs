@@ -1,7 +1,8 @@
 //! Who is behind a port on the host's side: listeners of this process, and unix sockets by path.
 //!
 //! Built on the main thread before the machine runs, then moved to the device loop. [`Listener`] and [`Connector`] are the
-//! ends that stay with other threads.
+//! ends that stay with other threads. A restored device delivers the connections that it was saved with to the same
+//! listeners.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -9,7 +10,8 @@ use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender, TrySendError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender, TrySendError};
 use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -21,9 +23,28 @@ const BACKLOG: usize = 32;
 /// Where connections from the guest go, and where those into it come from.
 #[derive(Default)]
 pub struct Backend {
-    listeners: BTreeMap<u32, SyncSender<UnixStream>>,
+    listeners: BTreeMap<u32, Door>,
     path: Option<PathBuf>,
     inbound: Option<UnixListener>,
+}
+
+/// The device's end of a [`Listener`].
+struct Door {
+    /// A socket, and the guest's port.
+    sender: Sender<(UnixStream, u32)>,
+    /// How many of them nobody has taken yet.
+    waiting: Arc<AtomicUsize>,
+}
+
+impl Door {
+    /// Hands the listener one end of a fresh connection with `guest`, and returns the other, non-blocking.
+    fn pass(&self, guest: u32) -> io::Result<UnixStream> {
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        self.sender.send((theirs, guest)).map_err(|_| io::ErrorKind::ConnectionRefused)?;
+        Ok(ours)
+    }
 }
 
 impl Backend {
@@ -41,9 +62,11 @@ impl Backend {
             let taken = format!("vsock port {port} has a listener already");
             return Err(io::Error::new(io::ErrorKind::AddrInUse, taken));
         }
-        let (sender, incoming) = mpsc::sync_channel(BACKLOG);
-        self.listeners.insert(port, sender);
-        Ok(Listener { incoming })
+        // Bounded by the count of who waits: only what a snapshot brings may exceed it.
+        let (sender, incoming) = mpsc::channel();
+        let waiting = Arc::new(AtomicUsize::new(0));
+        self.listeners.insert(port, Door { sender, waiting: waiting.clone() });
+        Ok(Listener { incoming, waiting })
     }
 
     /// Serves unix sockets: a connection from the guest to port P goes to the socket `path` + `_P`.
@@ -67,16 +90,25 @@ impl Backend {
         self.inbound.as_ref()
     }
 
-    /// Connects the guest to `port` of the host, without waiting: a non-blocking socket.
-    pub(super) fn connect(&self, port: u32) -> io::Result<UnixStream> {
+    /// Whether `port` of the host is a listener's.
+    pub(super) fn listens(&self, port: u32) -> bool {
+        self.listeners.contains_key(&port)
+    }
+
+    /// Gives the listener of `port` a connection that stands already, however many wait: a non-blocking socket.
+    /// `ConnectionRefused` when nobody listens there.
+    pub(super) fn deliver(&self, port: u32, guest: u32) -> io::Result<UnixStream> {
+        let listener = self.listeners.get(&port).ok_or(io::ErrorKind::ConnectionRefused)?;
+        listener.pass(guest)
+    }
+
+    /// Connects port `guest` of the guest to `port` of the host, without waiting: a non-blocking socket.
+    pub(super) fn connect(&self, port: u32, guest: u32) -> io::Result<UnixStream> {
         if let Some(listener) = self.listeners.get(&port) {
-            let (ours, theirs) = UnixStream::pair()?;
-            ours.set_nonblocking(true)?;
-            return match listener.try_send(theirs) {
-                Ok(()) => Ok(ours),
-                Err(TrySendError::Full(_)) => Err(io::ErrorKind::WouldBlock.into()),
-                Err(TrySendError::Disconnected(_)) => Err(io::ErrorKind::ConnectionRefused.into()),
-            };
+            if listener.waiting.load(Ordering::Relaxed) >= BACKLOG {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            return listener.pass(guest);
         }
         let Some(path) = &self.path else { return Err(io::ErrorKind::ConnectionRefused.into()) };
         let mut path = OsString::from(path);
@@ -93,13 +125,25 @@ impl Backend {
 ///
 /// While nobody takes them a few wait; more are refused. When the listener is dropped, all are.
 pub struct Listener {
-    incoming: Receiver<UnixStream>,
+    incoming: Receiver<(UnixStream, u32)>,
+    waiting: Arc<AtomicUsize>,
 }
 
 impl Listener {
     /// Waits for the next connection. `None` when the device is gone.
     pub fn accept(&self) -> Option<UnixStream> {
-        self.incoming.recv().ok()
+        self.accept_from().map(|(socket, _)| socket)
+    }
+
+    /// Waits for the next connection, and tells which port of the guest it is from: whoever takes over a restored guest
+    /// knows its connections by that. `None` when the device is gone.
+    pub fn accept_from(&self) -> Option<(UnixStream, u32)> {
+        self.incoming.recv().ok().map(|connection| self.taken(connection))
+    }
+
+    fn taken(&self, connection: (UnixStream, u32)) -> (UnixStream, u32) {
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        connection
     }
 
     /// Waits for the next connection for at most `patience`.
@@ -107,10 +151,11 @@ impl Listener {
     /// # Errors
     /// `TimedOut` when none comes, `NotConnected` when the device is gone.
     pub fn accept_timeout(&self, patience: Duration) -> io::Result<UnixStream> {
-        self.incoming.recv_timeout(patience).map_err(|error| match error {
-            RecvTimeoutError::Timeout => io::ErrorKind::TimedOut.into(),
-            RecvTimeoutError::Disconnected => io::ErrorKind::NotConnected.into(),
-        })
+        match self.incoming.recv_timeout(patience) {
+            Ok(connection) => Ok(self.taken(connection).0),
+            Err(RecvTimeoutError::Timeout) => Err(io::ErrorKind::TimedOut.into()),
+            Err(RecvTimeoutError::Disconnected) => Err(io::ErrorKind::NotConnected.into()),
+        }
     }
 }
 

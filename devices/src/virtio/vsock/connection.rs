@@ -394,5 +394,6 @@ impl Connection {
     }
 }
 
+mod saved;
 #[cfg(test)]
 mod tests;

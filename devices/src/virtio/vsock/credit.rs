@@ -3,26 +3,28 @@
 //! The guest never has more than [`BUF_ALLOC`] bytes with us that the host's socket has not taken, and we never have more
 //! with the guest than it said it has room for. Counters are modulo 2³², as on the wire.
 
+use serde::{Deserialize, Serialize};
+
 use super::packet::Header;
 
 /// Bytes that we take from the guest for a connection before the host's socket takes them. Four of Linux's largest packets.
 pub const BUF_ALLOC: u32 = 256 * 1024;
 
-/// The counters of one connection.
-#[derive(Debug, Default)]
+/// The counters of one connection. A snapshot carries them as they are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Credit {
     /// Bytes that came from the guest.
-    received: u32,
+    pub(super) received: u32,
     /// How many of them the host's socket took.
-    forwarded: u32,
+    pub(super) forwarded: u32,
     /// How many of those the guest knows of.
-    told: u32,
+    pub(super) told: u32,
     /// Bytes that went to the guest.
-    sent: u32,
+    pub(super) sent: u32,
     /// How much it can buffer.
-    peer_alloc: u32,
+    pub(super) peer_alloc: u32,
     /// How many it has consumed.
-    peer_forwarded: u32,
+    pub(super) peer_forwarded: u32,
 }
 
 impl Credit {

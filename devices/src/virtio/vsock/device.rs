@@ -11,6 +11,7 @@ use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, 
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::{Backend, Connector, Request};
+use super::state::{VsockState, is_guest_cid};
 use super::stream::Answer;
 use super::streams::{FIRST_SOURCE, Streams};
 use crate::device_loop::{Source, Watch};
@@ -32,6 +33,9 @@ const F_STREAM: u64 = 1 << 0;
 /// Index of the transmit queue.
 const TX: usize = 1;
 
+/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET` (section 5.10.6.7): connections are gone, and the address is to be read again.
+const EVENT_TRANSPORT_RESET: u32 = 0;
+
 const LISTENER: Source = 0;
 const WAKE: Source = 1;
 const TIMER: Source = 2;
@@ -44,15 +48,8 @@ const RESPITE: Duration = Duration::from_secs(1);
 struct Queues {
     rx: Queue,
     tx: Queue,
-    /// Kept for transport resets, which follow a restored snapshot (section 5.10.6.7).
+    /// For transport resets: a guest that was restored with another address hears of it here.
     event: Queue,
-}
-
-/// What a snapshot carries of a socket device.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct VsockState {
-    /// The guest's address.
-    pub cid: u64,
 }
 
 /// A virtio socket device.
@@ -63,6 +60,8 @@ pub struct Vsock {
     queues: Option<Queues>,
     /// The guest's packets wait until it has taken the replies to earlier ones.
     tx_waits: bool,
+    /// The guest has yet to hear that its connections are gone.
+    reset_owed: bool,
     requests: Receiver<Request>,
     /// Rung by connectors.
     wake: Arc<EventFd>,
@@ -79,8 +78,7 @@ impl Vsock {
     /// # Errors
     /// `InvalidInput` for an address that a guest cannot have; those of `eventfd(2)` and `timerfd_create(2)`.
     pub fn new(cid: u32, backend: Backend) -> io::Result<(Self, Connector)> {
-        // 0 to 2 are the hypervisor, the guest itself and the host; the last is "any" (`include/uapi/linux/vm_sockets.h`).
-        if cid <= 2 || cid == u32::MAX {
+        if !is_guest_cid(cid.into()) {
             let message = format!("vsock address {cid} is reserved: take one from 3 to 4294967294");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
         }
@@ -96,6 +94,7 @@ impl Vsock {
             streams,
             queues: None,
             tx_waits: false,
+            reset_owed: false,
             requests,
             wake,
             timer,
@@ -107,6 +106,9 @@ impl Vsock {
     /// Takes the guest's packets if `rung`, or if they waited, and gives it others; then says what to wait for.
     fn serve(&mut self, rung: bool, watch: &mut Watch) -> Result<(), DeviceError> {
         if let Some(queues) = &mut self.queues {
+            if self.reset_owed && tell_reset(&mut queues.event)? {
+                self.reset_owed = false;
+            }
             if rung || self.tx_waits {
                 self.tx_waits = false;
                 queues.tx.drain(|chain| {
@@ -187,6 +189,21 @@ impl Vsock {
     }
 }
 
+/// Tells the guest that its connections are gone. `false` when it has no buffer for that yet.
+fn tell_reset(event: &mut Queue) -> Result<bool, DeviceError> {
+    loop {
+        if let Some(mut chain) = event.pop()? {
+            chain.writer.write_all(&EVENT_TRANSPORT_RESET.to_le_bytes())?;
+            event.push(chain)?;
+            event.notify()?;
+            return Ok(true);
+        }
+        if !event.rearm()? {
+            return Ok(false);
+        }
+    }
+}
+
 /// Sends what there is to send, or as much as the queue has buffers for.
 fn give_packets(rx: &mut Queue, streams: &mut Streams) -> Result<(), DeviceError> {
     let mut turn = QUEUE_SIZES[0];
@@ -231,7 +248,8 @@ impl VirtioDevice for Vsock {
         if let Some(listener) = self.backend.inbound() {
             watch.add(listener, LISTENER, EventSet::IN);
         }
-        Ok(())
+        self.streams.resume(Instant::now(), watch);
+        self.arm()
     }
 
     fn kicked(&mut self, queue: usize, watch: &mut Watch) -> Result<(), DeviceError> {
@@ -256,31 +274,42 @@ impl VirtioDevice for Vsock {
 
     fn quiesce(&mut self, watch: &mut Watch) -> Vec<Queue> {
         let Some(Queues { rx, tx, event }) = self.queues.take() else { return Vec::new() };
-        self.tx_waits = false;
         watch.remove(&*self.wake, WAKE);
         watch.remove(&self.timer, TIMER);
         if let Some(listener) = self.backend.inbound().filter(|_| self.accept_again.is_none()) {
             watch.remove(listener, LISTENER);
         }
         self.accept_again = None;
-        // A guest that powers off may have sent its last words just now: sockets with bytes to flush stay watched until
-        // those are taken. That touches no guest memory.
-        self.streams.transport_reset();
-        self.streams.watch(watch);
+        self.streams.pause(Instant::now(), watch);
         vec![rx, tx, event]
     }
 
+    fn reset(&mut self, watch: &mut Watch) {
+        self.tx_waits = false;
+        self.reset_owed = false;
+        // A guest that powers off may have sent its last words just now: sockets with bytes to flush are watched until
+        // those are taken. That touches no guest memory.
+        self.streams.transport_reset();
+        self.streams.watch(watch);
+    }
+
     fn save(&self) -> DeviceState {
-        DeviceState::Vsock(VsockState { cid: self.cid })
+        DeviceState::Vsock(VsockState { reset_owed: self.reset_owed, ..self.streams.save() })
     }
 
     fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
-        match state {
-            DeviceState::Vsock(state) if state.cid == self.cid => Ok(()),
-            DeviceState::Vsock(state) => {
-                Err(StateError::Mismatch(format!("the guest's address is {}", state.cid)))
-            }
-            _ => Err(StateError::Mismatch("not a socket device's".into())),
+        let DeviceState::Vsock(state) = state else {
+            return Err(StateError::Mismatch("not a socket device's".into()));
+        };
+        state.check().map_err(StateError::Mismatch)?;
+        self.reset_owed = state.reset_owed;
+        if state.cid != self.cid {
+            // Its connections are of an address that is no more.
+            self.reset_owed = true;
+            return Ok(());
         }
+        self.streams
+            .restore(state, &self.backend)
+            .map_err(|source| StateError::Host { what: "vsock: make a socket for a connection", source })
     }
 }

@@ -4,6 +4,8 @@
 pub const HEADER_SIZE: usize = 44;
 /// The host's address: `VMADDR_CID_HOST` (`include/uapi/linux/vm_sockets.h`).
 pub const HOST_CID: u64 = 2;
+/// No port: what a program asks for when any will do (`VMADDR_PORT_ANY`).
+pub const PORT_ANY: u32 = u32::MAX;
 /// The socket type of a stream (section 5.10.6), the only one served.
 pub const STREAM: u16 = 1;
 /// The most bytes of payload in a packet that Linux makes or is made (`VIRTIO_VSOCK_MAX_PKT_BUF_SIZE`).

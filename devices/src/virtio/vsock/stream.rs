@@ -10,9 +10,11 @@ use std::time::{Duration, Instant};
 
 use event_manager::EventSet;
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::net::RecvFlags;
 
 use super::connection::{Action, Connection, Interest, Outgoing, Payload};
-use super::packet::Header;
+use super::packet::{Header, shutdown};
+use super::state::ConnectionState;
 use crate::device_loop::{Source, Watch};
 use crate::virtio::chain::{Reader, Writer};
 use crate::virtio::vectored;
@@ -35,6 +37,12 @@ pub struct Stream {
     buffer: VecDeque<u8>,
     /// How much of it [`growth`](Self::growth) has told.
     counted: usize,
+    /// What the host sent before a snapshot and the guest has not had: it comes before what the socket has.
+    unsent: VecDeque<u8>,
+    /// The host sends nothing after that, whatever the socket has.
+    ended: bool,
+    /// Whether the other end is a listener's of this process: a process that restores a snapshot has such a one too.
+    pub survives: bool,
     /// Who hears that the connection stands.
     pub answer: Option<Answer>,
     /// What the loop watches the socket for.
@@ -48,11 +56,16 @@ pub struct Stream {
     pub deadline: Option<Instant>,
 }
 
-/// Whether the socket's other end is closed for good.
-fn hung_up(socket: &UnixStream) -> bool {
-    let mut polled = [PollFd::new(socket, PollFlags::empty())];
+/// Whether the socket meets `what`, or its other end is closed for good.
+fn meets(socket: &UnixStream, what: PollFlags) -> bool {
+    let mut polled = [PollFd::new(socket, what)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     matches!(rustix::event::poll(&mut polled, Some(&now)), Ok(1))
+}
+
+/// Whether the socket's other end is closed for good.
+fn hung_up(socket: &UnixStream) -> bool {
+    meets(socket, PollFlags::empty())
 }
 
 impl Stream {
@@ -63,6 +76,9 @@ impl Stream {
             connection,
             buffer: VecDeque::new(),
             counted: 0,
+            unsent: VecDeque::new(),
+            ended: false,
+            survives: false,
             answer: None,
             watched: None,
             queued: false,
@@ -78,7 +94,8 @@ impl Stream {
             let packet = self.connection.next_packet()?;
             let Outgoing::Data(room) = packet else { return Some(self.connection.sending(packet)) };
             let room = usize::try_from(room).unwrap_or(usize::MAX).min(body.remaining());
-            match body.write_with(room, |slices| vectored::read(&self.socket, slices)) {
+            let fresh = self.unsent.is_empty() && !self.ended;
+            match self.read(room, body) {
                 Ok(0) => {
                     self.connection.end_of_file();
                     if hung_up(&self.socket) {
@@ -86,7 +103,7 @@ impl Stream {
                     }
                 }
                 Ok(count) => {
-                    if count < room {
+                    if fresh && count < room {
                         self.connection.would_block();
                     }
                     let count = u32::try_from(count).unwrap_or(u32::MAX);
@@ -100,6 +117,19 @@ impl Stream {
                 }
             }
         }
+    }
+
+    /// Puts up to `room` bytes from the host into `body`; none at the end of what it sends.
+    fn read(&mut self, room: usize, body: &mut Writer) -> io::Result<usize> {
+        if !self.unsent.is_empty() {
+            let bytes: Vec<u8> = self.unsent.drain(..room.min(self.unsent.len())).collect();
+            body.write_all(&bytes).map_err(io::Error::other)?;
+            return Ok(bytes.len());
+        }
+        if self.ended {
+            return Ok(0);
+        }
+        body.write_with(room, |slices| vectored::read(&self.socket, slices))
     }
 
     /// A packet came from the guest, with its payload in `reader`; the buffer may grow by `budget`.
@@ -224,6 +254,55 @@ impl Stream {
         }
     }
 
+    /// What a snapshot carries of it, if it can go on in another process. What the host sent and the guest has not had may
+    /// take as much as is left of `budget`.
+    pub fn save(&self, budget: &mut usize) -> Option<ConnectionState> {
+        let mut state = self.connection.save().filter(|_| self.survives)?;
+        state.to_host = self.buffer.iter().copied().collect();
+        if self.connection.is_heard() {
+            state.to_guest = self.unsent.iter().copied().collect();
+            // Looked at first: what is written after the end was seen is nothing.
+            state.to_guest_ends = self.ended || meets(&self.socket, PollFlags::RDHUP);
+            let waiting = match self.ended {
+                true => Ok(Vec::new()),
+                false => peek(&self.socket, budget.saturating_sub(self.unsent.len())),
+            };
+            match waiting {
+                Ok(waiting) => state.to_guest.extend(waiting),
+                Err(error) => {
+                    log::warn!("vsock: the snapshot does without connection {:?}: {error}", state.ports());
+                    return None;
+                }
+            }
+            *budget = budget.saturating_sub(state.to_guest.len());
+        }
+        Some(state)
+    }
+
+    /// The stream that `state`, which was checked, was saved from, with a fresh non-blocking socket.
+    pub fn restore(cid: u64, mut state: ConnectionState, socket: UnixStream) -> Self {
+        let mut stream = Stream::new(socket, Connection::restore(cid, &state));
+        stream.buffer = std::mem::take(&mut state.to_host).into();
+        stream.unsent = std::mem::take(&mut state.to_guest).into();
+        stream.ended = state.to_guest_ends;
+        stream.survives = true;
+        // What the host closed before is closed for whoever is there now. A fresh socket is connected: this works.
+        if state.host_shut & shutdown::SEND != 0 || stream.ended {
+            drop(stream.socket.shutdown(Shutdown::Read));
+        }
+        if state.host_shut & shutdown::RECEIVE != 0 {
+            drop(stream.socket.shutdown(Shutdown::Write));
+        }
+        stream
+    }
+
+    /// Stops watching the socket, until [`watch`](Self::watch).
+    pub fn unwatch(&mut self, source: Source, watch: &mut Watch) {
+        if self.watched.take().is_some() {
+            watch.remove(&self.socket, source);
+        }
+    }
+
     /// Brings what the loop watches the socket for up to date.
     pub fn watch(&mut self, source: Source, watch: &mut Watch) {
         self.touched = false;
@@ -240,6 +319,20 @@ impl Stream {
         }
         self.watched = wanted;
     }
+}
+
+/// What there is to read from the socket, which keeps it: all, or an error.
+fn peek(socket: &UnixStream, budget: usize) -> io::Result<Vec<u8>> {
+    let waiting = usize::try_from(rustix::io::ioctl_fionread(socket)?).unwrap_or(usize::MAX);
+    if waiting > budget {
+        return Err(io::Error::other(format!("{waiting} bytes wait for the guest, {budget} at most")));
+    }
+    let mut bytes = vec![0; waiting];
+    if waiting > 0 {
+        let (_, count) = rustix::net::recv(socket, &mut bytes[..], RecvFlags::PEEK | RecvFlags::DONTWAIT)?;
+        bytes.truncate(count);
+    }
+    Ok(bytes)
 }
 
 fn is_transient(error: &io::Error) -> bool {

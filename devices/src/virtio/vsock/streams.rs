@@ -14,7 +14,7 @@ use super::backend::Backend;
 use super::client::{Client, Progress};
 use super::connection::{Action, Connection};
 use super::device::BUFFER_BUDGET;
-use super::packet::{HEADER_SIZE, HOST_CID, Header, Op, Ports, STREAM};
+use super::packet::{HEADER_SIZE, HOST_CID, Header, Op, PORT_ANY, Ports, STREAM};
 use super::stream::{Answer, Stream};
 use crate::device_loop::{Source, Watch};
 use crate::virtio::{Chain, DeviceError};
@@ -23,11 +23,11 @@ use crate::virtio::{Chain, DeviceError};
 pub const FIRST_SOURCE: Source = 16;
 const LAST_SOURCE: Source = Source::MAX / 2;
 /// The first port given to a connection from the host. Lower ones are those that somebody chose.
-const FIRST_HOST_PORT: u32 = 1 << 30;
+pub const FIRST_HOST_PORT: u32 = 1 << 30;
 /// How long a program may take to say where it wants to go.
 const LINE_PATIENCE: Duration = Duration::from_secs(10);
 /// Replies that may wait for the guest's buffers before the device stops to take packets.
-const MAX_REPLIES: usize = 128;
+pub const MAX_REPLIES: usize = 128;
 
 /// All connections, and the programs that have yet to say which they want.
 pub struct Streams {
@@ -48,6 +48,8 @@ pub struct Streams {
     buffered: usize,
     /// Whether a deadline came or went.
     deadline_changed: bool,
+    /// Since when nothing is watched, but for what a reset left to flush.
+    paused: Option<Instant>,
     next_source: Source,
     next_port: u32,
 }
@@ -67,6 +69,7 @@ impl Streams {
             closed: Vec::new(),
             buffered: 0,
             deadline_changed: false,
+            paused: None,
             next_source: FIRST_SOURCE,
             next_port: FIRST_HOST_PORT,
         }
@@ -138,12 +141,18 @@ impl Streams {
 
     /// The guest asks for a connection.
     fn accept(&mut self, request: &Header, backend: &Backend) {
-        let socket = match self.is_full() {
-            true => Err(io::ErrorKind::QuotaExceeded.into()),
-            false => backend.connect(request.dst_port),
+        let Ports { guest, host } = Ports::of(request);
+        let socket = match () {
+            () if self.is_full() => Err(io::ErrorKind::QuotaExceeded.into()),
+            () if guest == PORT_ANY || host == PORT_ANY => Err(io::ErrorKind::InvalidInput.into()),
+            () => backend.connect(host, guest),
         };
         match socket {
-            Ok(socket) => self.insert(None, Stream::new(socket, Connection::from_guest(request))),
+            Ok(socket) => {
+                let mut stream = Stream::new(socket, Connection::from_guest(request));
+                stream.survives = backend.listens(host);
+                self.insert(None, stream);
+            }
             Err(error) => {
                 log::debug!("vsock: port {} of the host: {error}", request.dst_port);
                 self.replies.extend(request.refusal());
@@ -311,7 +320,7 @@ impl Streams {
         streams.chain(self.clients.values().map(|c| c.deadline)).min()
     }
 
-    /// The guest has reset the device: every connection ends. What it sent and the host has not taken yet is still
+    /// The driver has reset the device, which is paused: every connection ends. What it sent and the host has not taken yet is still
     /// delivered.
     pub fn transport_reset(&mut self) {
         self.turns.clear();
@@ -325,9 +334,11 @@ impl Streams {
         self.closed.extend(
             std::mem::take(&mut self.clients)
                 .into_iter()
-                .map(|(source, client)| (source, client.socket, true)),
+                .map(|(source, client)| (source, client.socket, self.paused.is_none())),
         );
         self.replies.clear();
         self.turns.clear();
     }
 }
+
+mod saved;

@@ -16,7 +16,11 @@ use crate::testing::{self, Driver, WRITE};
 use crate::virtio::{DeviceKind, Interrupt, Queue, VirtioDevice};
 
 mod bulk;
+mod direct;
 mod hostile;
+mod hostile_state;
+mod pause;
+mod restore;
 
 const CID: u32 = 7;
 /// What Linux posts: a page less what it keeps for itself.
@@ -32,7 +36,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 struct Guest {
     rx: Driver,
     tx: Driver,
-    _event: Driver,
+    event: Driver,
     rx_buffers: Vec<u64>,
     tx_buffers: Vec<u64>,
     tx_free: Vec<u16>,
@@ -65,7 +69,7 @@ impl Guest {
         let mut guest = Guest {
             rx: Driver::new(memory.clone(), 0, SLOTS),
             tx: Driver::new(memory.clone(), TX_RING, SLOTS),
-            _event: Driver::new(memory, EVENT_RING, 8),
+            event: Driver::new(memory, EVENT_RING, 8),
             rx_buffers: vec![],
             tx_buffers: vec![],
             tx_free: (0..SLOTS).collect(),
@@ -83,7 +87,7 @@ impl Guest {
     }
 
     fn activate(&self) {
-        let drivers = [&self.rx, &self.tx, &self._event];
+        let drivers = [&self.rx, &self.tx, &self.event];
         let queues = drivers.iter().zip(&self.kicks).map(|(d, k)| queue(d, &self.interrupt, k)).collect();
         self.handle.activate(self.node, 0, queues).unwrap();
     }

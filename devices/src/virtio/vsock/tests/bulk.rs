@@ -2,8 +2,16 @@
 
 use super::*;
 
-/// Both directions of a bulk transfer at once over one connection, with credit kept as Linux keeps it.
-fn bulk(guest: &mut Guest, port: u32, host_port: u32, out: &[u8], mut expected: usize) -> Vec<u8> {
+/// Both directions of a bulk transfer at once over one connection, with credit kept as Linux keeps it, and something else
+/// again and again.
+pub fn bulk(
+    guest: &mut Guest,
+    port: u32,
+    host_port: u32,
+    out: &[u8],
+    mut expected: usize,
+    mut meanwhile: impl FnMut(&mut Guest),
+) -> Vec<u8> {
     const ROOM: u32 = 256 * 1024;
     let (mut sent, mut credit, mut taken, mut told) = (0, BUF_ALLOC as usize, 0u32, 0u32);
     let mut got = Vec::new();
@@ -29,6 +37,7 @@ fn bulk(guest: &mut Guest, port: u32, host_port: u32, out: &[u8], mut expected: 
             expected -= data.len();
             got.extend(data);
         }
+        meanwhile(guest);
         std::thread::yield_now();
     }
     got
@@ -36,12 +45,27 @@ fn bulk(guest: &mut Guest, port: u32, host_port: u32, out: &[u8], mut expected: 
 
 #[test]
 fn twenty_megabytes_each_way_past_slow_ends() {
+    past_slow_ends(20 << 20, |_| {});
+}
+
+#[test]
+fn a_pause_loses_nothing() {
+    let mut rounds = 0;
+    past_slow_ends(4 << 20, |guest| {
+        rounds += 1;
+        if rounds % 20 == 0 {
+            guest.pause();
+        }
+    });
+}
+
+fn past_slow_ends(size: usize, meanwhile: impl FnMut(&mut Guest)) {
     let (backend, listener) = listening(1);
     let mut guest = Guest::new(backend);
     guest.send(Header { buf_alloc: 256 * 1024, ..header(Op::Request, 2, 1, 0) }, &[]);
     guest.expect(Op::Response);
     let mut host = listener.accept().unwrap();
-    let data = pattern(20 << 20);
+    let data = pattern(size);
     let mut writer = host.try_clone().unwrap();
     let from_host = data.clone();
     let writing = std::thread::spawn(move || writer.write_all(&from_host).unwrap());
@@ -57,7 +81,7 @@ fn twenty_megabytes_each_way_past_slow_ends() {
             }
         }
     });
-    assert!(bulk(&mut guest, 2, 1, &data, data.len()) == data);
+    assert!(bulk(&mut guest, 2, 1, &data, data.len(), meanwhile) == data);
     // The guest ends at once, without waiting for anything.
     guest.send(closing(shutdown::BOTH, 2, 1), &[]);
     guest.send(header(Op::Reset, 2, 1, 0), &[]);
@@ -138,7 +162,7 @@ fn a_device_reset_ends_everything_and_loses_nothing() {
     }
     guest.send(header(Op::CreditRequest, 3, 1, 0), &[]);
     assert!(guest.expect(Op::CreditUpdate).fwd_cnt < BUF_ALLOC);
-    assert_eq!(guest.handle.quiesce(guest.node).unwrap().unwrap().len(), 3);
+    guest.handle.reset(guest.node).unwrap();
     assert_eq!(idle.read(&mut [0]).unwrap(), 0);
     let mut got = Vec::new();
     busy.read_to_end(&mut got).unwrap();

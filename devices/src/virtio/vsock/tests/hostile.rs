@@ -2,9 +2,9 @@
 
 use proptest::prelude::*;
 
+use super::direct::Direct;
 use super::*;
 use crate::device_loop::Watch;
-use crate::virtio::DeviceError;
 use crate::virtio::vsock::stream::Answer;
 use crate::virtio::vsock::streams::Streams;
 
@@ -97,61 +97,6 @@ fn replies_are_bounded_when_the_guest_takes_none() {
             posted += 1;
         }
         assert_eq!(guest.expect(Op::Reset).dst_port, port);
-    }
-}
-
-/// A device without a loop: the test calls it.
-struct Direct {
-    device: Vsock,
-    rx: Driver,
-    tx: Driver,
-    rx_buffer: u64,
-    tx_buffer: u64,
-    posted: bool,
-    connector: Connector,
-}
-
-impl Direct {
-    fn new(backend: Backend) -> Self {
-        let memory = testing::memory(8 << 20);
-        let (mut rx, mut tx) =
-            (Driver::new(memory.clone(), 0, SLOTS), Driver::new(memory.clone(), TX_RING, SLOTS));
-        let interrupt = Interrupt::new().unwrap();
-        let event = Driver::new(memory, EVENT_RING, 8);
-        let (mut device, connector) = Vsock::new(CID, backend).unwrap();
-        let queues = vec![rx.queue(&interrupt), tx.queue(&interrupt), event.queue(&interrupt)];
-        device.activate(0, queues, &mut Watch::default()).unwrap();
-        let (rx_buffer, tx_buffer) = (rx.buffer(RX_BUFFER), tx.buffer(TX_BUFFER));
-        Direct { device, rx, tx, rx_buffer, tx_buffer, posted: false, connector }
-    }
-
-    fn send(&mut self, packet: &[u8]) -> Result<(), DeviceError> {
-        self.tx.memory.write_slice(packet, GuestAddress(self.tx_buffer)).unwrap();
-        self.tx.descriptor(0, self.tx_buffer, packet.len().try_into().unwrap(), 0, 0);
-        self.tx.publish(0);
-        self.device.kicked(1, &mut Watch::default())
-    }
-
-    /// Gives one buffer, and takes what the device puts there.
-    fn receive(&mut self) -> Option<Header> {
-        if !std::mem::replace(&mut self.posted, true) {
-            self.rx.descriptor(0, self.rx_buffer, RX_BUFFER.try_into().unwrap(), WRITE, 0);
-            self.rx.publish(0);
-        }
-        self.device.kicked(0, &mut Watch::default()).unwrap();
-        let (_, used) = self.rx.receive()?;
-        self.posted = false;
-        assert!(used as usize >= HEADER_SIZE);
-        let bytes = self.rx.bytes(self.rx_buffer, HEADER_SIZE);
-        Some(Header::parse(bytes[..].try_into().unwrap()))
-    }
-
-    fn op(&mut self) -> Option<Op> {
-        self.receive().map(|header| header.op)
-    }
-
-    fn later(&mut self) {
-        self.device.streams_mut().expire(Instant::now() + Duration::from_secs(3600));
     }
 }
 
