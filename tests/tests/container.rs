@@ -17,7 +17,8 @@ echo root: $(ls / | tr '\n' ' ')
 echo mounts: $(grep -vcE ' (/|/proc|/sys|/dev|/dev/[a-z]*) ' /proc/mounts)
 echo outer: [$(ls -d /image /scratch /init /pts /upper /work 2>/dev/null)]
 echo up: $(ls /.. | tr '\n' ' ')
-for namespace in pid mnt uts ipc; do echo ns $namespace: $(readlink /proc/self/ns/$namespace); done
+for namespace in pid mnt uts ipc cgroup; do echo ns $namespace: $(readlink /proc/self/ns/$namespace); done
+echo cgroup: $(grep ^0 /proc/1/cgroup)
 echo vsock: $(prober vsock-open 2>&1)
 echo hello >/bin/written && echo written: $(cat /bin/written)
 rm /bin/vi && echo removed: $(ls /bin/vi 2>&1)
@@ -41,12 +42,17 @@ echo zombies: $(grep -l '^State:.Z' /proc/[0-9]*/status 2>/dev/null | wc -l)
     assert_eq!(ended.field("mounts"), "0", "{}", ended.transcript());
     assert_eq!(ended.field("outer"), "[]");
     // What the kernel starts with has the first numbers (PROC_*_INIT_INO).
-    for (namespace, first) in
-        [("pid", 0xeffffffcu32), ("mnt", 0xf000_0000), ("uts", 0xeffffffe), ("ipc", 0xefffffff)]
-    {
+    for (namespace, first) in [
+        ("pid", 0xeffffffcu32),
+        ("mnt", 0xf000_0000),
+        ("uts", 0xeffffffe),
+        ("ipc", 0xefffffff),
+        ("cgroup", 0xeffffffb),
+    ] {
         let link = ended.field(&format!("ns {namespace}"));
         assert!(link.starts_with(namespace) && !link.contains(&format!("[{first}]")), "{link}");
     }
+    assert_eq!(ended.field("cgroup"), "0::/", "it sees nothing of the cgroup that it is in");
     assert_eq!(ended.field("vsock"), "vsock: errno 97", "EAFNOSUPPORT");
     assert_eq!(ended.field("written"), "hello");
     assert!(ended.field("removed").contains("No such file"));

@@ -1,4 +1,4 @@
-//! Starts the container's process: PID 1 of its own pid, mount, uts and ipc namespaces, with the VM's network.
+//! Starts the container's process: PID 1 of its own pid, mount, uts, ipc and cgroup namespaces, with the VM's network.
 //!
 //! The child shares the agent's memory until it executes the command, and the agent waits for that, as with `vfork`: no page is copied, and an
 //! error is just written where the agent finds it. It has its own descriptor table, and every descriptor of the agent's is close-on-exec.
@@ -9,6 +9,7 @@ use alloc::vec::Vec;
 use core::ffi::CStr;
 
 use protocol::Start;
+use rustix::fd::BorrowedFd;
 use rustix::fs::{Mode, OFlags, ResolveFlags, fchown, mkdir, open};
 use rustix::io::Errno;
 use rustix::process::{Pid, chdir, ioctl_tiocsctty, setsid, umask};
@@ -24,7 +25,7 @@ use crate::file::read_bounded;
 use crate::mounts::FIRST_TERMINAL;
 use crate::stdio::Ends;
 use crate::user::{Identity, identify};
-use crate::{mounts, process, seccomp, sys};
+use crate::{identity, mounts, process, seccomp, sys};
 
 const NAMESPACES: i32 = libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC;
 
@@ -38,11 +39,23 @@ const DROPPED: [CapabilitySet; 3] =
 /// Most bytes of the container's `/etc/passwd` and `/etc/group` that are read.
 const MAX_USERS: usize = 1 << 20;
 
-/// Starts the command of `start` with `ends` as its stdio. When this returns the command is executing.
-pub fn spawn(start: &Start, ends: &Ends) -> Result<Pid, Error> {
+/// What is to be started, and with what.
+pub struct Plan<'a> {
+    /// What the host has said.
+    pub start: &'a Start,
+    /// Its stdio.
+    pub ends: &'a Ends,
+    /// What its `/etc/machine-id` says.
+    pub machine_id: &'a [u8; 16],
+    /// Its cgroup, if this kernel has cgroups.
+    pub cgroup: Option<BorrowedFd<'a>>,
+}
+
+/// Starts the command. When this returns it is executing.
+pub fn spawn(plan: &Plan<'_>) -> Result<Pid, Error> {
     let mut failure = None;
-    let mut child = || failure = Some(enter(start, ends));
-    let pid = sys::vfork(NAMESPACES, &mut child).map_err(at("clone the container's process"))?;
+    let mut child = || failure = Some(enter(plan));
+    let pid = sys::vfork(NAMESPACES, plan.cgroup, &mut child).map_err(at("clone the container's process"))?;
     // The child has either replaced itself, or written why it could not.
     match failure {
         None => Ok(pid),
@@ -51,21 +64,26 @@ pub fn spawn(start: &Start, ends: &Ends) -> Result<Pid, Error> {
 }
 
 /// In the child. Returns only with an error.
-fn enter(start: &Start, ends: &Ends) -> Error {
-    match prepare(start, ends) {
-        Ok(environment) => process::execute(&start.args, &environment),
+fn enter(plan: &Plan<'_>) -> Error {
+    match prepare(plan) {
+        Ok(environment) => process::execute(&plan.start.args, &environment),
         Err(error) => error,
     }
 }
 
 /// Everything before `execve`. Returns the environment.
-fn prepare(start: &Start, ends: &Ends) -> Result<Vec<protocol::ByteString>, Error> {
+fn prepare(plan: &Plan<'_>) -> Result<Vec<protocol::ByteString>, Error> {
+    let start = plan.start;
+    if plan.cgroup.is_some() {
+        sys::unshare_cgroup().map_err(at("unshare the cgroups"))?;
+    }
     mounts::enter_root(&start.disks, start.terminal.is_some())?;
+    identity::write_machine_id(plan.machine_id)?;
     let hostname = if start.hostname.is_empty() { HOSTNAME } else { start.hostname.as_bytes() };
     sethostname(hostname).map_err(at("set the host's name"))?;
     setsid().map_err(at("start a session"))?;
     let user = find_user(&start.user)?;
-    attach(ends, &user)?;
+    attach(plan.ends, &user)?;
     umask(Mode::WGRP | Mode::WOTH);
     enter_directory(&start.cwd)?;
     become_user(&user, start.vsock)?;

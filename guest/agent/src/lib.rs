@@ -1,8 +1,11 @@
 //! PID 1 of the guest. Runs one container and then ends the VM. One thread; everything waits in one `poll`.
 //!
-//! The path of a start: [`boot`] → [`image`] mounts `/dev/vda` → [`session`] says Hello and receives what to run → [`stdio`] makes the
-//! pipes and their connections → [`container`] clones a child that builds its world with [`mounts`], takes an identity ([`user`],
-//! [`seccomp`]) and executes the command ([`process`]) → [`session`] relays until it ends.
+//! The path of a start: [`boot`] → [`session`] says Hello → [`identity`] makes the machine one of its own, [`image`] mounts its disk →
+//! [`session`] receives what to run → [`stdio`] makes the pipes and their connections → [`container`] clones a child that builds its
+//! world with [`mounts`], takes a user's rights ([`user`], [`seccomp`]) and executes the command ([`process`]) → [`relay`] carries bytes
+//! and obeys the host until it ends. In between [`freezer`] may hold it for a snapshot, and in the copy it gets another [`identity`].
+//!
+//! Templates of machines are taken at Hello: what is done before it is done once, for all machines.
 //!
 //! **What an instruction costs.** On hosts that emulate the guest's kernel mode a system call is some 0.3 ms and a megabyte of initramfs
 //! 0.6 s, while user mode is as fast as ever. Hence no `std`, no second process, no netlink, no `/proc` of our own, and a child that
@@ -17,11 +20,14 @@ extern crate alloc;
 pub mod container;
 pub mod error;
 pub mod file;
+pub mod freezer;
 pub mod heap;
+pub mod identity;
 pub mod image;
 pub mod mounts;
 pub mod network;
 pub mod process;
+pub mod relay;
 pub mod seccomp;
 pub mod session;
 pub mod stdio;
@@ -30,8 +36,13 @@ pub mod user;
 
 mod control;
 
+use protocol::{ByteString, Root};
+use rustix::fd::OwnedFd;
 use rustix::process::getpid;
 use rustix::system::{RebootCommand, reboot};
+
+use error::Error;
+use session::Machine;
 
 /// The whole life of PID 1. Returns only if the VM cannot be ended, and the kernel panics when PID 1 returns.
 pub fn boot() -> i32 {
@@ -44,7 +55,7 @@ pub fn boot() -> i32 {
     // execute a file of the image.
     let outcome = sys::unshare_mounts().map_err(error::at("unshare")).and_then(|()| {
         let control = sys::connect_control().map_err(error::at("connect to the host"))?;
-        session::serve(control, &sys::connect_stream, image::open);
+        session::serve(control, &Vm);
         Ok(())
     });
     if let Err(error) = outcome {
@@ -54,6 +65,32 @@ pub fn boot() -> i32 {
     let refused = reboot(RebootCommand::Restart);
     log(&alloc::format!("vmm-agent: reboot: {refused:?}\n"));
     1
+}
+
+/// The machine in earnest.
+struct Vm;
+
+impl Machine for Vm {
+    fn prepare(&self) -> Result<(), Error> {
+        mounts::cover_initramfs()?;
+        mounts::make_directories()
+    }
+
+    fn set_clock(&self, nanoseconds: u64) -> Result<(), Error> {
+        identity::set_clock(nanoseconds)
+    }
+
+    fn open_image(&self, root: &Root) -> Result<Option<ByteString>, Error> {
+        image::open(root)
+    }
+
+    fn wait_for_disk(&self, device: &str) -> Result<(), Error> {
+        image::wait_for_medium(&image::disk_path(device)?).map(drop)
+    }
+
+    fn connect_stream(&self) -> rustix::io::Result<OwnedFd> {
+        sys::connect_stream()
+    }
 }
 
 /// Writes to the console that the kernel gave PID 1. There is nothing to do about a failure.

@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! initramfs    the bottom, of which only /dev/console is left
-//! └ tmpfs      the agent's root: /dev (all devices), /upper and /work (what the container changes), /pts
+//! └ tmpfs      the agent's root: /dev (all devices), /upper and /work (what the container changes), /cgroup, /pts
 //!   └ image    /image, read-only
 //!     └ overlay  over it: the container's root
 //! ```
@@ -15,13 +15,14 @@
 //! In the container's namespace, a copy of the agent's, the overlay then lies on the initramfs and the tmpfs is gone. The
 //! agent's mounts are private, since nobody shared them.
 //!
-//! [`cover_initramfs`] and [`make_overlay`] run in the agent, before the host is greeted; everything else in the child.
+//! [`cover_initramfs`] and [`make_directories`] run in the agent before the host is greeted, [`make_overlay`] once there is an image, and
+//! everything else in the child.
 
 use alloc::ffi::CString;
 use alloc::format;
-use alloc::string::String;
 use core::ffi::CStr;
 
+use protocol::Disk;
 use rustix::fd::OwnedFd;
 use rustix::fs::{CWD, Dev, FileType, Mode, makedev, mkdir, mknodat, stat, symlink, unlink};
 use rustix::io::Errno;
@@ -32,7 +33,7 @@ use rustix::mount::{
 use rustix::process::{chdir, chroot, pivot_root, umask};
 
 use crate::error::{Error, at};
-use crate::image::IMAGE;
+use crate::image::{IMAGE, disk_path};
 
 /// Where the agent keeps the terminal's devpts until the child takes it.
 pub const TERMINALS: &CStr = c"/pts";
@@ -76,10 +77,10 @@ const LINKS: [(&CStr, &CStr); 5] = [
     (c"pts/ptmx", c"/dev/ptmx"),
 ];
 
-/// Builds the container's tree and makes it the root. `disks` are names in `/dev`; `terminal` says that the agent has left a devpts at
+/// Builds the container's tree and makes it the root. `terminal` says that the agent has left a devpts at
 /// [`TERMINALS`]. Leaves the working directory at the root.
-pub fn enter_root(disks: &[String], terminal: bool) -> Result<(), Error> {
-    let disks = disks.iter().map(|name| find_disk(name)).collect::<Result<alloc::vec::Vec<_>, _>>()?;
+pub fn enter_root(disks: &[Disk], terminal: bool) -> Result<(), Error> {
+    let disks = disks.iter().map(find_disk).collect::<Result<alloc::vec::Vec<_>, _>>()?;
     let terminals = if terminal { Some(detach_terminals()?) } else { None };
     pivot()?;
     // From here on every path, and so every symbolic link of the image, is inside the container.
@@ -103,16 +104,14 @@ pub fn enter_root(disks: &[String], terminal: bool) -> Result<(), Error> {
     Ok(())
 }
 
-/// The path of a disk and its device number, by the kernel's own node.
-fn find_disk(name: &str) -> Result<(CString, Dev), Error> {
-    let valid = !name.is_empty() && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
-    let path = CString::new(format!("/dev/{name}")).ok().filter(|_| valid);
-    let path = path.ok_or_else(|| Error::Request(format!("{name:?} is not the name of a disk")))?;
-    let found = stat(&path).map_err(|errno| failed("find the disk", &path)(errno))?;
+/// The disk's path in the container and its device number, by the kernel's own node.
+fn find_disk(disk: &Disk) -> Result<(CString, Dev), Error> {
+    let (path, device) = (disk_path(&disk.name)?, disk_path(&disk.device)?);
+    let found = stat(&device).map_err(|errno| failed("find the disk", &device)(errno))?;
     if FileType::from_raw_mode(found.st_mode) == FileType::BlockDevice {
         Ok((path, found.st_rdev))
     } else {
-        Err(Error::Request(format!("/dev/{name} is not a disk")))
+        Err(Error::Request(format!("/dev/{} is not a disk", disk.device)))
     }
 }
 
@@ -134,12 +133,17 @@ pub fn cover_initramfs() -> Result<(), Error> {
     chdir(c"/..").and_then(|()| chroot(c".")).map_err(at("enter the tmpfs over /"))
 }
 
+/// Makes what the agent's root holds, as far as it does not take an image.
+pub fn make_directories() -> Result<(), Error> {
+    // Modes are those of the container's root for the first: an overlay's root has the mode of its upper directory.
+    for (path, mode) in [(c"/upper", 0o755), (c"/work", 0o755), (IMAGE, 0o700), (c"/dev", 0o700)] {
+        mkdir(path, Mode::from_raw_mode(mode)).map_err(|errno| failed("mkdir", path)(errno))?;
+    }
+    mount(c"devtmpfs", c"/dev", c"devtmpfs", MountFlags::empty(), None::<&CStr>).map_err(at("mount /dev"))
+}
+
 /// Covers the image with an overlay whose changes are kept in memory.
 pub fn make_overlay() -> Result<(), Error> {
-    // The overlay's root has the mode of its upper directory.
-    let mode = Mode::from_raw_mode(0o755);
-    mkdir(c"/upper", mode).map_err(at("mkdir /upper"))?;
-    mkdir(c"/work", mode).map_err(at("mkdir /work"))?;
     let data = c"lowerdir=/image,upperdir=/upper,workdir=/work";
     mount(c"overlay", IMAGE, c"overlay", MountFlags::empty(), data).map_err(at("mount the overlay"))
 }

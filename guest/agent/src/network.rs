@@ -12,16 +12,27 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use crate::error::{Error, at};
 use crate::sys;
 
-/// Brings up loopback, which the kernel gives 127.0.0.1, and the interface of `network`. A kernel without IPv4 has neither, which is an error only
-/// if there is a `network`.
-pub fn configure(network: Option<&Network>) -> Result<(), Error> {
-    let socket = match socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None) {
-        Err(Errno::AFNOSUPPORT) if network.is_none() => return Ok(()),
-        other => other.map_err(at("network socket"))?,
-    };
-    bring_up(&socket, "lo")?;
-    let Some(network) = network else { return Ok(()) };
+/// Brings up loopback, which the kernel gives 127.0.0.1. A kernel without IPv4 has none.
+pub fn start() -> Result<(), Error> {
+    match open_socket() {
+        Err(Errno::AFNOSUPPORT) => Ok(()),
+        Err(errno) => Err(at("network socket")(errno)),
+        Ok(socket) => bring_up(&socket, "lo"),
+    }
+}
+
+fn open_socket() -> Result<OwnedFd, Errno> {
+    socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
+}
+
+/// Gives the interface of `network` its addresses and brings it up. What it had before it loses, as far as there is another: an address takes
+/// its routes with it.
+pub fn configure(network: &Network) -> Result<(), Error> {
+    let socket = open_socket().map_err(at("network socket"))?;
     let name = network.interface.as_str();
+    if let Some(mac) = network.mac {
+        set_mac(&socket, name, mac)?;
+    }
     if let Some(cidr) = network.address {
         let set = |request: u32, address| {
             let mut argument = interface(name)?;
@@ -40,9 +51,33 @@ pub fn configure(network: Option<&Network>) -> Result<(), Error> {
         route.rt_genmask = socket_address(Ipv4Addr::UNSPECIFIED);
         route.rt_gateway = socket_address(gateway);
         route.rt_flags = libc::RTF_UP | libc::RTF_GATEWAY;
-        sys::add_route(&socket, &route).map_err(at(format!("add the default route by {gateway}")))?;
+        match sys::add_route(&socket, &route) {
+            // A copy that keeps its address keeps its route.
+            Ok(()) | Err(Errno::EXIST) => (),
+            Err(errno) => return Err(at(format!("add the default route by {gateway}"))(errno)),
+        }
     }
     Ok(())
+}
+
+/// Sets the hardware address, if it is another. virtio-net takes it while it is up.
+fn set_mac(socket: &OwnedFd, name: &str, mac: [u8; 6]) -> Result<(), Error> {
+    let mut argument = interface(name)?;
+    sys::interface_request(socket, libc::SIOCGIFHWADDR as u32, &mut argument)
+        .map_err(failed("find the hardware address of", name))?;
+    // SAFETY: the request has filled in this member; it is integers in any case.
+    let mut address = unsafe { argument.ifr_ifru.ifru_hwaddr };
+    let mac = mac.map(|byte| byte as libc::c_char);
+    if address.sa_data.starts_with(&mac) {
+        return Ok(());
+    }
+    for (to, from) in address.sa_data.iter_mut().zip(mac) {
+        *to = from;
+    }
+    // Of the same family as the old one.
+    argument.ifr_ifru.ifru_hwaddr = address;
+    sys::interface_request(socket, libc::SIOCSIFHWADDR as u32, &mut argument)
+        .map_err(failed("set the hardware address of", name))
 }
 
 fn bring_up(socket: &OwnedFd, name: &str) -> Result<(), Error> {

@@ -125,7 +125,7 @@ mod tests {
                 open(AddressFamily::UNIX),
             ));
         };
-        let pid = crate::sys::vfork(0, &mut child).unwrap();
+        let pid = crate::sys::vfork(0, None, &mut child).unwrap();
         rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty()).unwrap();
         match seen.unwrap() {
             (Err(Errno::ACCESS), ..) => eprintln!("skipped: needs CAP_SYS_ADMIN"),

@@ -21,15 +21,14 @@ use rustix::termios::{Winsize, tcsetwinsize};
 
 use crate::error::{Error, at};
 use crate::mounts::{DEVPTS_OPTIONS, TERMINALS};
+use crate::session::Machine;
+use crate::sys;
 
 /// As much as a pipe holds.
 const PIECE: usize = 64 << 10;
 
 /// Ctrl-D, which a terminal's line discipline hands to its reader as the end of the file.
 const END_OF_TYPING: u8 = 4;
-
-/// Makes a connection to the host's stream port: non-blocking, and perhaps not established yet.
-pub type Connect<'a> = &'a dyn Fn() -> rustix::io::Result<OwnedFd>;
 
 /// The container's ends.
 pub enum Ends {
@@ -60,9 +59,9 @@ impl Ends {
 }
 
 /// Makes the container's stdio and begins to connect it.
-pub fn prepare(start: &Start, connect: Connect<'_>) -> Result<(Ends, Vec<Stream>), Error> {
+pub fn prepare(start: &Start, machine: &dyn Machine) -> Result<(Ends, Vec<Stream>), Error> {
     let stream = |kind, local| {
-        let socket = connect().map_err(at("connect a stream to the host"))?;
+        let socket = machine.connect_stream().map_err(at("connect a stream to the host"))?;
         Ok::<_, Error>(Stream::new(StreamHeader { token: start.token, kind }, socket, local))
     };
     if let Some(size) = start.terminal {
@@ -159,6 +158,12 @@ impl Stream {
             StreamKind::Terminal => (flow(), flow()),
         };
         Self { header, established: false, socket, local: Some(local), inward, outward }
+    }
+
+    /// Which stream it is, and its port in the guest.
+    pub fn address(&self) -> Result<(StreamKind, u32), Error> {
+        let port = sys::local_port(&self.socket).map_err(at("find a stream's port"))?;
+        Ok((self.header.kind, port))
     }
 
     /// Whether bytes for the host may still come.

@@ -1,13 +1,12 @@
 //! The system calls that rustix lacks, each in as little `unsafe` as it takes.
 
-use alloc::borrow::ToOwned;
 use alloc::ffi::CString;
 use alloc::vec::Vec;
-use core::ffi::{CStr, c_char, c_int, c_void};
+use core::ffi::{CStr, c_char, c_int};
 use core::mem;
 
-use protocol::{CONTROL_PORT, HOST_CID, STREAM_PORT};
-use rustix::fd::{AsRawFd, FromRawFd, OwnedFd};
+use protocol::{CONTROL_PORT, HOST_CID, STREAM_PORT, Seed};
+use rustix::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use rustix::io::{Errno, Result, fcntl_dupfd_cloexec};
 use rustix::net::addr::{SocketAddrArg, SocketAddrLen, SocketAddrOpaque};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with};
@@ -57,37 +56,86 @@ pub fn unshare_mounts() -> Result<()> {
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }
 }
 
-/// The value of an environment variable.
-pub fn environment(name: &CStr) -> Option<CString> {
-    // SAFETY: `name` ends with a zero; nothing changes the environment while the value is copied, since there is one thread.
-    unsafe {
-        let value = libc::getenv(name.as_ptr());
-        if value.is_null() { None } else { Some(CStr::from_ptr(value).to_owned()) }
-    }
+/// Makes the cgroup that this process is in the top of all that it can see of them.
+pub fn unshare_cgroup() -> Result<()> {
+    // SAFETY: as above.
+    unsafe { unshare_unsafe(UnshareFlags::NEWCGROUP) }
 }
 
-/// Runs `child` in a new process in new namespaces, as `vfork` does: it shares this process's memory, and this process waits until it
-/// executes a file or ends. What `child` writes is there afterwards. If it returns, the process ends with code 127.
+/// Runs `child` in a new process, as `vfork` does: it shares this process's memory, and this process waits until it executes a file or ends.
+/// What `child` writes is there afterwards. If it returns, the process ends with code 127.
 ///
-/// `namespaces` are `CLONE_NEW…` flags.
-pub fn vfork<F: FnMut()>(namespaces: c_int, child: &mut F) -> Result<Pid> {
-    extern "C" fn run<F: FnMut()>(child: *mut c_void) -> c_int {
+/// `namespaces` are `CLONE_NEW…` flags for new namespaces; the process begins in `cgroup`, if one is given.
+pub fn vfork<F: FnMut()>(namespaces: c_int, cgroup: Option<BorrowedFd<'_>>, child: &mut F) -> Result<Pid> {
+    extern "C" fn run<F: FnMut()>(child: *mut F) -> ! {
         // SAFETY: this is the `child` that `vfork` passed to clone, and `vfork` waits, so nobody else uses it.
-        unsafe { (*child.cast::<F>())() };
-        127
+        unsafe { (*child)() };
+        // SAFETY: ends the process, which shares everything that might have to be put in order.
+        unsafe { libc::_exit(127) }
     }
     // The deepest path is a formatted error; no buffer of size is on the stack.
     const STACK: usize = 64 << 10;
     let mut stack: Vec<u128> = Vec::with_capacity(STACK / size_of::<u128>());
-    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD | namespaces;
-    // SAFETY: the stack is 64 KiB of memory of our own, 16-byte aligned, of which the end is passed; it lives until the call returns, which
-    // by CLONE_VFORK is after the child's last use. `child` is borrowed for as long. The child shares the thread pointer, as after vfork:
-    // it starts no threads.
-    let pid = unsafe {
-        let top = stack.as_mut_ptr().byte_add(STACK);
-        libc::clone(run::<F>, top.cast(), flags, (&raw mut *child).cast())
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | namespaces;
+    let mut arguments = CloneArguments {
+        flags: flags as u64,
+        exit_signal: libc::SIGCHLD as u64,
+        stack: stack.as_mut_ptr() as u64,
+        stack_size: STACK as u64,
+        ..CloneArguments::default()
     };
-    Pid::from_raw(pid).filter(|_| pid > 0).ok_or_else(last_error)
+    if let Some(cgroup) = cgroup {
+        arguments.flags |= CLONE_INTO_CGROUP;
+        arguments.cgroup = cgroup.as_raw_fd() as u64;
+    }
+    let result: isize;
+    // SAFETY: the stack is 64 KiB of memory of our own, 16-byte aligned; it lives until the call returns, which by CLONE_VFORK is after
+    // the child's last use. `child` is borrowed for as long. The child, in which the result is 0, comes back with all registers but the
+    // stack's, and never leaves `run`. It shares the thread pointer, as after vfork: it starts no threads.
+    unsafe {
+        core::arch::asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            "xor ebp, ebp",
+            "mov rdi, r8",
+            "call r9",
+            "ud2",
+            "2:",
+            inout("rax") libc::SYS_clone3 as isize => result,
+            in("rdi") &raw mut arguments,
+            in("rsi") size_of::<CloneArguments>(),
+            in("r8") &raw mut *child,
+            in("r9") run::<F> as extern "C" fn(*mut F) -> !,
+            out("rcx") _,
+            out("r11") _,
+        );
+    }
+    i32::try_from(result)
+        .ok()
+        .and_then(Pid::from_raw)
+        .filter(|_| result > 0)
+        .ok_or_else(|| Errno::from_raw_os_error(-(result as i32)))
+}
+
+/// (linux/sched.h); libc's constant has lost its bit.
+const CLONE_INTO_CGROUP: u64 = 1 << 33;
+
+/// `struct clone_args`, as of Linux 5.7 (linux/sched.h).
+#[repr(C)]
+#[derive(Default)]
+struct CloneArguments {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
 }
 
 /// Replaces the program of this process. Returns the reason if it cannot.
@@ -141,6 +189,44 @@ pub fn interface_request(socket: &OwnedFd, request: u32, argument: &mut libc::if
 pub fn add_route(socket: &OwnedFd, route: &libc::rtentry) -> Result<()> {
     // SAFETY: the request reads one rtentry; its device pointer is null.
     check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCADDRT as _, &raw const *route) }).map(drop)
+}
+
+/// Mixes `seed` into the kernel's random numbers, with full credit, and has all generators start from them at once.
+pub fn reseed(pool: &OwnedFd, seed: &Seed) -> Result<()> {
+    /// `struct rand_pool_info` with its buffer (linux/random.h).
+    #[repr(C)]
+    struct Entropy {
+        bits: c_int,
+        bytes: c_int,
+        buffer: [u8; 32],
+    }
+    const RNDADDENTROPY: u32 = 0x4008_5203;
+    const RNDRESEEDCRNG: u32 = 0x5207;
+    let entropy = Entropy { bits: 256, bytes: 32, buffer: seed.0 };
+    // SAFETY: the first request reads an Entropy, whose sizes are right; the second takes no argument.
+    unsafe {
+        check(libc::ioctl(pool.as_raw_fd(), RNDADDENTROPY as _, &raw const entropy))?;
+        check(libc::ioctl(pool.as_raw_fd(), RNDRESEEDCRNG as _)).map(drop)
+    }
+}
+
+/// Bytes of a block device.
+pub fn capacity(disk: &OwnedFd) -> Result<u64> {
+    const BLKGETSIZE64: u32 = 0x8008_1272;
+    let mut bytes = 0u64;
+    // SAFETY: the request writes one u64.
+    check(unsafe { libc::ioctl(disk.as_raw_fd(), BLKGETSIZE64 as _, &raw mut bytes) })?;
+    Ok(bytes)
+}
+
+/// The port of our end of a vsock connection; 0 of another socket.
+pub fn local_port(socket: &OwnedFd) -> Result<u32> {
+    // SAFETY: zeroes are a valid value of this structure of integers.
+    let mut address: libc::sockaddr_vm = unsafe { mem::zeroed() };
+    let mut length = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
+    // SAFETY: the length is the address's.
+    check(unsafe { libc::getsockname(socket.as_raw_fd(), (&raw mut address).cast(), &raw mut length) })?;
+    Ok(if i32::from(address.svm_family) == libc::AF_VSOCK { address.svm_port } else { 0 })
 }
 
 /// The C library's text for `errno`.

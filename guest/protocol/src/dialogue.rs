@@ -1,21 +1,51 @@
-//! Which message may follow which, as a table over plain data. The host feeds it everything that the agent says.
+//! Which message may follow which, as tables over plain data. The host feeds it everything that the agent says, and asks before it says
+//! anything itself.
 
-use crate::{FromAgent, MAX_FAIL_MESSAGE, MAX_IMAGE_CONFIG, PROTOCOL_VERSION};
+use crate::{FromAgent, MAX_FAIL_MESSAGE, MAX_IMAGE_CONFIG, MAX_STREAMS, PROTOCOL_VERSION, ToAgent};
 
-/// Where the agent's side of a session stands.
+/// Where a session stands, as the host knows it. The default is that of a machine which boots.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Dialogue {
+pub struct Dialogue {
+    /// How far the container is.
+    pub stage: Stage,
+    /// Whether it is held.
+    pub pause: Pause,
+}
+
+/// How far the container is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Stage {
     /// Nothing was said yet.
     #[default]
     Silent,
-    /// `Hello` came: the host may send `Start`.
+    /// `Hello` came: the host may send `Begin`.
     Greeted,
+    /// The host has sent `Begin`.
+    Begun,
+    /// `Image` came: the host may send `Start`.
+    Ready,
     /// The host has sent `Start`.
     Asked,
     /// `Started` came.
     Running,
     /// `Failed` or `Exited` came: nothing may follow.
     Over,
+}
+
+/// Whether the container is held, for a snapshot.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Pause {
+    /// It is not.
+    #[default]
+    No,
+    /// The host has sent `Freeze`.
+    Asked,
+    /// `Frozen` came.
+    Frozen,
+    /// The host has sent `Thaw` before `Frozen` came, which is still to come.
+    Recalled,
+    /// The host has sent `Restored`.
+    Identifying,
 }
 
 /// A message that a correct agent does not send. End the VM.
@@ -35,105 +65,76 @@ pub enum Violation {
 }
 
 impl Dialogue {
+    /// In a copy of a template, whose agent has said `Hello` long ago.
+    pub fn in_template() -> Self {
+        Self { stage: Stage::Greeted, pause: Pause::No }
+    }
+
+    /// In a copy of a machine whose container was frozen.
+    pub fn in_snapshot() -> Self {
+        Self { stage: Stage::Running, pause: Pause::Frozen }
+    }
+
     /// Notes a message of the agent.
     pub fn heard(&mut self, message: &FromAgent) -> Result<(), Violation> {
-        *self = match (*self, message) {
-            (Self::Silent, FromAgent::Hello { version, image_config }) => {
-                if *version != PROTOCOL_VERSION {
-                    return Err(Violation::Version(*version));
-                }
-                if image_config.as_ref().is_some_and(|config| config.len() > MAX_IMAGE_CONFIG) {
-                    return Err(Violation::TooLong);
-                }
-                Self::Greeted
+        check(message)?;
+        let Self { stage, pause } = *self;
+        let (stage, pause) = match (message, stage, pause) {
+            (FromAgent::Hello { .. }, Stage::Silent, _) => (Stage::Greeted, pause),
+            (FromAgent::Image { .. }, Stage::Begun, _) => (Stage::Ready, pause),
+            (FromAgent::Started { .. }, Stage::Asked, _) => (Stage::Running, pause),
+            // It may cross with `Freeze`; and what is frozen does not end.
+            (FromAgent::Exited(_), Stage::Running, Pause::No | Pause::Asked | Pause::Recalled) => {
+                (Stage::Over, pause)
             }
-            (Self::Asked, FromAgent::Started { .. }) => Self::Running,
-            (Self::Running, FromAgent::Exited(_)) => Self::Over,
-            (
-                Self::Silent | Self::Greeted | Self::Asked | Self::Running,
-                FromAgent::Failed { message, .. },
-            ) => {
-                if message.len() > MAX_FAIL_MESSAGE {
-                    return Err(Violation::TooLong);
-                }
-                Self::Over
-            }
+            (FromAgent::Frozen, Stage::Greeted | Stage::Running, Pause::Asked) => (stage, Pause::Frozen),
+            (FromAgent::Frozen, Stage::Greeted | Stage::Running, Pause::Recalled) => (stage, Pause::No),
+            (FromAgent::Restored { .. }, Stage::Running, Pause::Identifying) => (stage, Pause::No),
+            (FromAgent::Failed { .. }, stage, _) if stage != Stage::Over => (Stage::Over, pause),
             _ => return Err(Violation::OutOfTurn),
         };
+        *self = Self { stage, pause };
         Ok(())
     }
 
-    /// Notes that the host sends `Start`. `false`, and no change, when it may not: before `Hello`, or a second time.
-    pub fn start(&mut self) -> bool {
-        let allowed = *self == Self::Greeted;
-        if allowed {
-            *self = Self::Asked;
-        }
-        allowed
+    /// Notes that the host is about to send `message`. `false`, and no change, when it may not.
+    #[must_use]
+    pub fn say(&mut self, message: &ToAgent) -> bool {
+        let Self { stage, pause } = *self;
+        let (stage, pause) = match (message, stage, pause) {
+            (ToAgent::Begin(_), Stage::Greeted, Pause::No) => (Stage::Begun, pause),
+            (ToAgent::Start(_), Stage::Ready, Pause::No) => (Stage::Asked, pause),
+            (ToAgent::Signal(_) | ToAgent::Resize(_), Stage::Asked | Stage::Running, _) => (stage, pause),
+            (ToAgent::Freeze, Stage::Greeted | Stage::Running, Pause::No) => (stage, Pause::Asked),
+            (ToAgent::Thaw, Stage::Greeted | Stage::Running, Pause::Frozen) => (stage, Pause::No),
+            (ToAgent::Thaw, Stage::Greeted | Stage::Running, Pause::Asked) => (stage, Pause::Recalled),
+            (ToAgent::Restored(_), Stage::Running, Pause::Frozen) => (stage, Pause::Identifying),
+            // It thaws.
+            (ToAgent::Shutdown, stage, Pause::Frozen) => (stage, Pause::No),
+            (ToAgent::Shutdown, stage, Pause::Asked) => (stage, Pause::Recalled),
+            (ToAgent::Shutdown, stage, _) if stage != Stage::Silent => (stage, pause),
+            _ => return false,
+        };
+        *self = Self { stage, pause };
+        true
     }
+}
+
+/// What every message must keep to, wherever it comes.
+fn check(message: &FromAgent) -> Result<(), Violation> {
+    let too_long = match message {
+        FromAgent::Hello { version } if *version != PROTOCOL_VERSION => {
+            return Err(Violation::Version(*version));
+        }
+        FromAgent::Image { config } => config.as_ref().is_some_and(|config| config.len() > MAX_IMAGE_CONFIG),
+        FromAgent::Failed { message, .. } => message.len() > MAX_FAIL_MESSAGE,
+        FromAgent::Restored { streams } => streams.len() > MAX_STREAMS,
+        FromAgent::Hello { .. } | FromAgent::Started { .. } | FromAgent::Exited(_) | FromAgent::Frozen => {
+            false
+        }
+    };
+    if too_long { Err(Violation::TooLong) } else { Ok(()) }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{ByteString, ExitStatus, FailReason};
-    use alloc::string::String;
-
-    fn hello(version: u32, size: usize) -> FromAgent {
-        FromAgent::Hello { version, image_config: Some(ByteString(vec![b' '; size])) }
-    }
-
-    fn failed(size: usize) -> FromAgent {
-        FromAgent::Failed { reason: FailReason::Setup, message: "x".repeat(size) }
-    }
-
-    #[test]
-    fn a_session() {
-        let mut dialogue = Dialogue::default();
-        assert!(!dialogue.start());
-        assert_eq!(dialogue.heard(&hello(PROTOCOL_VERSION, MAX_IMAGE_CONFIG)), Ok(()));
-        assert!(dialogue.start());
-        assert!(!dialogue.start());
-        assert_eq!(dialogue.heard(&FromAgent::Started { pid: 2 }), Ok(()));
-        assert_eq!(dialogue.heard(&FromAgent::Exited(ExitStatus::Code(0))), Ok(()));
-        assert_eq!(dialogue, Dialogue::Over);
-    }
-
-    #[test]
-    fn everything_else_is_refused() {
-        let messages = [
-            hello(PROTOCOL_VERSION, 0),
-            FromAgent::Started { pid: 2 },
-            FromAgent::Exited(ExitStatus::Signal(9)),
-            FromAgent::Failed { reason: FailReason::Setup, message: String::new() },
-        ];
-        let allowed = [
-            (Dialogue::Silent, [true, false, false, true]),
-            (Dialogue::Greeted, [false, false, false, true]),
-            (Dialogue::Asked, [false, true, false, true]),
-            (Dialogue::Running, [false, false, true, true]),
-            (Dialogue::Over, [false, false, false, false]),
-        ];
-        for (state, row) in allowed {
-            for (message, allowed) in messages.iter().zip(row) {
-                let mut dialogue = state;
-                assert_eq!(dialogue.heard(message).is_ok(), allowed, "{state:?} {message:?}");
-                assert_eq!(dialogue != state, allowed, "{state:?} {message:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn limits() {
-        assert_eq!(
-            Dialogue::Silent.heard(&hello(PROTOCOL_VERSION + 1, 0)),
-            Err(Violation::Version(PROTOCOL_VERSION + 1))
-        );
-        assert_eq!(
-            Dialogue::Silent.heard(&hello(PROTOCOL_VERSION, MAX_IMAGE_CONFIG + 1)),
-            Err(Violation::TooLong)
-        );
-        assert_eq!(Dialogue::Asked.heard(&failed(MAX_FAIL_MESSAGE)), Ok(()));
-        assert_eq!(Dialogue::Asked.heard(&failed(MAX_FAIL_MESSAGE + 1)), Err(Violation::TooLong));
-    }
-}
+mod tests;

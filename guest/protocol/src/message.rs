@@ -9,17 +9,20 @@ use core::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::ByteString;
+use crate::{ByteString, StreamKind};
 
 /// What the agent tells the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FromAgent {
-    /// The first message: the agent runs and the image is mounted.
+    /// The first message: the agent runs, and has not looked at any disk. A template is taken here.
     Hello {
         /// The agent's [`PROTOCOL_VERSION`](crate::PROTOCOL_VERSION).
         version: u32,
+    },
+    /// The answer to `Begin`: the image is mounted.
+    Image {
         /// The bytes of [`IMAGE_CONFIG_PATH`](crate::IMAGE_CONFIG_PATH), if the image has it; at most [`MAX_IMAGE_CONFIG`](crate::MAX_IMAGE_CONFIG).
-        image_config: Option<ByteString>,
+        config: Option<ByteString>,
     },
     /// The command was executed.
     Started {
@@ -33,8 +36,17 @@ pub enum FromAgent {
         /// One line for a person, at most [`MAX_FAIL_MESSAGE`](crate::MAX_FAIL_MESSAGE) bytes. Untrusted: pass it through [`printable`](crate::printable).
         message: String,
     },
-    /// The command ended and its output is delivered. The last message.
+    /// The command ended and its output is delivered. The last message. It does not come between `Frozen` and the thaw.
     Exited(ExitStatus),
+    /// The answer to `Freeze`, one for each: no process of the container runs, if there is a container, until it is thawed. After a `Thaw`
+    /// that overtook it, it only says that the `Freeze` is done with.
+    Frozen,
+    /// The answer to `Restored`: this machine is nobody's double any more, and the container runs again.
+    Restored {
+        /// The streams of the container and the guest's vsock port of each; at most [`MAX_STREAMS`](crate::MAX_STREAMS). Those that
+        /// have ended are among them, since their last bytes may still be on the host's side.
+        streams: Vec<(StreamKind, u32)>,
+    },
 }
 
 /// Why nothing was executed.
@@ -83,15 +95,60 @@ impl ExitStatus {
 /// What the host tells the agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToAgent {
-    /// Run this. Once, after `Hello`.
+    /// Be this machine, and mount this image. Once, after `Hello`.
+    Begin(Box<Begin>),
+    /// Run this. Once, after `Image`.
     Start(Box<Start>),
     /// Send this signal (Linux x86-64 number, 1 to 64) to the command. As everywhere with pid namespaces, the command is PID 1 in its own: a
     /// signal that it has no handler for is ignored, other than SIGKILL and SIGSTOP.
     Signal(i32),
     /// The terminal has a new size. Ignored without a terminal.
     Resize(WindowSize),
-    /// End the command (SIGTERM, then SIGKILL) if it runs, then end the VM. Losing the connection means the same.
+    /// Let no process of the container run. Streams and this connection are served all the while.
+    Freeze,
+    /// Let the container run again. Also takes back a `Freeze` that was not answered yet.
+    Thaw,
+    /// In a copy of a machine whose container was frozen: be another machine from now on, and let the container run again.
+    Restored(Box<Identity>),
+    /// End the command (SIGTERM, then SIGKILL) if it runs, frozen or not, then end the VM. Losing the connection means the same.
     Shutdown,
+}
+
+/// What makes a machine that was only booted, or copied from a template, one of its own.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Begin {
+    /// The time: nanoseconds since 1970, UTC.
+    pub clock: u64,
+    /// New and random for each VM.
+    pub seed: Seed,
+    /// New and random for each VM. What an image's `/etc/machine-id` says in the container, if it has that file.
+    pub machine_id: [u8; 16],
+    /// The image's disk.
+    pub root: Root,
+}
+
+/// The disk with the container's image.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Root {
+    /// Its name in the guest's `/dev`, such as `vda`. Its medium may still be on its way: the agent waits for it.
+    pub device: String,
+    /// The type of its file system, such as `erofs`; empty to try those that are known.
+    pub file_system: String,
+}
+
+/// What has to change in the copy of a machine that runs a container.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// The time: nanoseconds since 1970, UTC.
+    pub clock: u64,
+    /// New and random for each copy.
+    pub seed: Seed,
+    /// The container's new name, if it gets one.
+    pub hostname: Option<String>,
+    /// As in [`Begin`].
+    pub machine_id: [u8; 16],
+    /// The network interface's new addresses, if it gets some. An address that is not given stays.
+    pub network: Option<Network>,
 }
 
 /// What to run and in what surroundings.
@@ -113,12 +170,21 @@ pub struct Start {
     pub terminal: Option<WindowSize>,
     /// The host has input. Otherwise stdin is `/dev/null`, or a terminal that nobody types on.
     pub stdin: bool,
-    /// Block devices for the container's `/dev`, such as `vdb`.
-    pub disks: Vec<String>,
+    /// Block devices for the container's `/dev`.
+    pub disks: Vec<Disk>,
     /// The network interface to configure, if there is one.
     pub network: Option<Network>,
     /// The container may use `AF_VSOCK`, and so reach whatever the host offers on vsock.
     pub vsock: bool,
+}
+
+/// A block device of the container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    /// Its name in the container's `/dev`, such as `vdb`.
+    pub name: String,
+    /// Its name in the guest's `/dev`: another where some of the guest's disks have no medium. The agent waits for this one's.
+    pub device: String,
 }
 
 /// One network interface of the VM.
@@ -126,6 +192,8 @@ pub struct Start {
 pub struct Network {
     /// The guest's name for it, such as `eth0`; at most 15 bytes.
     pub interface: String,
+    /// The hardware address that it is to have, where that may be another than the one it was found with.
+    pub mac: Option<[u8; 6]>,
     /// Its address; without one the interface is only brought up.
     pub address: Option<Ipv4Cidr>,
     /// The default route's gateway.
@@ -206,6 +274,16 @@ impl fmt::Debug for Token {
     }
 }
 
+/// What the kernel's random numbers are seeded with. Debug output does not show it.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seed(pub [u8; 32]);
+
+impl fmt::Debug for Seed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Seed(…)")
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -260,6 +338,6 @@ mod tests {
         assert_eq!(other, Token([7; 16]));
         other.0[15] = 6;
         assert_ne!(other, Token([7; 16]));
-        assert!(!alloc::format!("{other:?}").contains('7'));
+        assert!(!alloc::format!("{other:?} {:?}", Seed([7; 32])).contains('7'));
     }
 }

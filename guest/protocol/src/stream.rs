@@ -1,9 +1,11 @@
 //! The header with which each connection to [`STREAM_PORT`](crate::STREAM_PORT) begins.
 
+use serde::{Deserialize, Serialize};
+
 use crate::Token;
 
 /// Which part of stdio a connection carries.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[repr(u8)]
 pub enum StreamKind {
     /// Host to guest.

@@ -1,5 +1,8 @@
 //! The command line: what can be said, and how it becomes a [`MachineConfig`]. No file is opened here but `--config`.
 
+pub mod ctl;
+pub mod snapshot;
+
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -16,6 +19,7 @@ Examples:
   vmm --kernel bzImage --rootfs ctr.img -it -- /bin/sh      a shell
   vmm --kernel bzImage --rootfs ctr.img --disk data.img -- fsck /dev/vdb
   vmm --kernel bzImage --rootfs vm.img --init               an ordinary VM
+  vmm ctl SOCKET                                            what a machine with --api-socket SOCKET is doing
   vmm info                                                  what this host offers
 
 Exit codes:
@@ -37,6 +41,22 @@ pub struct Cli {
 /// Other things to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Ask a running machine, through its --api-socket
+    Ctl(ctl::CtlArgs),
+    /// Run a machine from a snapshot, as a machine of its own
+    Restore(snapshot::RestoreArgs),
+    /// Take and look after snapshots: a machine with its memory and its disks, in a directory
+    Snapshot {
+        /// What to do.
+        #[command(subcommand)]
+        command: snapshot::SnapshotCommand,
+    },
+    /// Look after templates: booted machines that `vmm --rootfs` starts from
+    Template {
+        /// What to do.
+        #[command(subcommand)]
+        command: snapshot::TemplateCommand,
+    },
     /// Say what this host offers: KVM, VT-x or AMD-V, paging, memory, and what is missing
     Info {
         /// Print JSON with stable keys
@@ -90,6 +110,12 @@ pub struct RunArgs {
     #[arg(long, conflicts_with_all = ["interactive", "tty", "command", "env", "workdir", "user", "hostname"],
           help_heading = "Machine")]
     pub init: bool,
+    /// Serve the control API of this machine on the unix socket PATH: see `vmm ctl`
+    #[arg(long, value_name = "PATH", help_heading = "Machine")]
+    pub api_socket: Option<PathBuf>,
+    /// Build the machine, and let it begin when the API says so
+    #[arg(long, requires = "api_socket", help_heading = "Machine")]
+    pub paused: bool,
 
     /// Pass standard input to the container
     #[arg(short, long, help_heading = "Container")]
@@ -109,6 +135,13 @@ pub struct RunArgs {
     /// Host name of the container
     #[arg(long, value_name = "NAME", help_heading = "Container")]
     pub hostname: Option<String>,
+
+    /// Boot the guest, also where a template would spare that
+    #[arg(long, help_heading = "Machine")]
+    pub no_template: bool,
+    /// Record which memory changes, for `vmm snapshot save --diff`; boots the guest
+    #[arg(long, help_heading = "Machine")]
+    pub track_dirty: bool,
 
     /// Print when each stage was reached, and what guest kernel work it took, to standard error
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "text")]
@@ -133,8 +166,10 @@ pub enum TimingFormat {
 /// `FILE[,ro]`
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskArg {
-    path: PathBuf,
-    read_only: bool,
+    /// The file.
+    pub path: PathBuf,
+    /// Whether the guest may only read.
+    pub read_only: bool,
 }
 
 impl FromStr for DiskArg {
@@ -154,7 +189,7 @@ impl FromStr for DiskArg {
 
 /// `none` or `tap=NAME[,…]`
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NetArg(Option<NetConfig>);
+pub struct NetArg(pub Option<NetConfig>);
 
 impl FromStr for NetArg {
     type Err = String;
@@ -163,19 +198,19 @@ impl FromStr for NetArg {
         if text == "none" {
             return Ok(NetArg(None));
         }
-        let mut config = NetConfig { tap: String::new(), mac: None, address: None, gateway: None };
+        let mut config = NetConfig { tap: None, mac: None, address: None, gateway: None };
         for part in text.split(',') {
             let (key, value) = part.split_once('=').unwrap_or((part, ""));
             let wrong = |what: &dyn std::fmt::Display| format!("{key}={value}: {what}");
             match key {
-                "tap" => config.tap = value.into(),
+                "tap" => config.tap = Some(value.into()),
                 "mac" => config.mac = Some(value.parse::<MacAddress>().map_err(|e| wrong(&e))?),
                 "ip" => config.address = Some(value.parse::<Ipv4Cidr>().map_err(|e| wrong(&e))?),
                 "gw" => config.gateway = Some(value.parse().map_err(|e| wrong(&e))?),
                 _ => return Err(format!("unknown key {key:?}: use none, or tap=NAME[,mac=…][,ip=…][,gw=…]")),
             }
         }
-        if config.tap.is_empty() {
+        if config.tap.as_ref().is_none_or(String::is_empty) {
             return Err("the TAP interface is missing: tap=NAME".into());
         }
         Ok(NetArg(Some(config)))
@@ -210,6 +245,7 @@ impl RunArgs {
         if let Some(memory) = self.memory {
             config.memory.size = memory;
         }
+        config.memory.track_dirty |= self.track_dirty;
         if let Some(initrd) = &self.initrd {
             config.boot.initramfs = Initramfs::File(initrd.clone());
         } else if self.init && config.boot.initramfs == Initramfs::BuiltIn {
@@ -234,7 +270,7 @@ impl RunArgs {
 
     fn add_devices(&self, config: &mut MachineConfig) {
         let disks = self.disks.iter().map(|disk| {
-            DeviceConfig::Block(BlockConfig { path: disk.path.clone(), read_only: disk.read_only })
+            DeviceConfig::Block(BlockConfig { path: Some(disk.path.clone()), read_only: disk.read_only })
         });
         config.devices.extend(disks);
         if let Some(net) = &self.net {
@@ -284,7 +320,7 @@ mod tests {
         assert_eq!("none".parse(), Ok(NetArg(None)));
         let NetArg(net) = "tap=tap0,mac=02:00:00:00:00:01,ip=10.0.0.2/24,gw=10.0.0.1".parse().unwrap();
         let net = net.unwrap();
-        assert_eq!((net.tap.as_str(), net.gateway), ("tap0", Some([10, 0, 0, 1].into())));
+        assert_eq!((net.tap.as_deref().unwrap(), net.gateway), ("tap0", Some([10, 0, 0, 1].into())));
         for wrong in ["", "tap=", "bridge=br0", "tap=t,mac=1", "tap=t,ip=10.0.0.2", "tap=t,gw=x"] {
             assert!(wrong.parse::<NetArg>().is_err(), "{wrong}");
         }

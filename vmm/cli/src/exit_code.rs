@@ -1,5 +1,7 @@
 //! What the exit code of `vmm` says, in one place. Below 125 it is the container's own.
 
+/// A running machine was asked, and refused.
+pub const REFUSED: u8 = 1;
 /// `vmm` refused or failed: bad flags, bad files, a host that lacks something.
 pub const VMM: u8 = 125;
 /// The guest's kernel panicked.

@@ -2,12 +2,15 @@
 //! [`cmd`], and no logic here.
 
 mod args;
+mod assets;
 mod cmd;
+mod drive;
 mod exit_code;
 mod keyboard;
 mod log_line;
 mod session;
 mod signals;
+mod template;
 mod terminal;
 mod timing;
 
@@ -33,6 +36,10 @@ fn main() -> ExitCode {
         before(info);
     }));
     let outcome = match cli.command {
+        Some(Command::Ctl(args)) => cmd::ctl::run(&args),
+        Some(Command::Restore(args)) => cmd::restore::run(&args, &timeline),
+        Some(Command::Snapshot { command }) => cmd::snapshot::run(&command),
+        Some(Command::Template { command }) => cmd::template::run(&command),
         Some(Command::Info { json }) => cmd::info::run(json).map(|()| 0),
         None => cmd::run::run(&cli.run, &timeline),
     };

@@ -10,7 +10,7 @@ use protocol::ToAgent;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
 
 use crate::exit_code;
-use crate::session::Remote;
+use crate::session::Guest;
 use crate::terminal;
 
 /// Signals that end a process that has no handler for them: the third of them in [`FORCE_WITHIN`] is not for the container.
@@ -60,24 +60,24 @@ impl Signals {
         Ok(Signals { caught: signal_hook::iterator::Signals::new(signals)?, ended })
     }
 
-    /// Passes signals on, on a thread of their own. With a `remote`, the container gets them; when it cannot, and without one, they end
+    /// Passes signals on, on a thread of their own. With a `guest`, the container gets them; when it cannot, and without one, they end
     /// the machine, and `vmm` exits as a process does that was killed by that signal.
     ///
     /// # Errors
     /// When the host refuses the thread.
-    pub fn forward(mut self, remote: Option<Remote>, machine: Handle) -> io::Result<()> {
+    pub fn forward(mut self, guest: Option<Guest>, machine: Handle) -> io::Result<()> {
         std::thread::Builder::new().name("signals".into()).spawn(move || {
             let mut insistence = Insistence::default();
             for signal in self.caught.forever() {
-                let heeded = match (insistence.heard(signal, Instant::now()), &remote) {
-                    (Action::Resize, Some(remote)) => {
+                let heeded = match (insistence.heard(signal, Instant::now()), &guest) {
+                    (Action::Resize, Some(guest)) => {
                         // Before there is a container there is nothing to resize: it will be told the size it has then.
-                        remote.send(&ToAgent::Resize(terminal::size()));
+                        guest.send(&ToAgent::Resize(terminal::size()));
                         true
                     }
                     (Action::Resize, None) => true,
-                    (Action::Forward, Some(remote)) => {
-                        remote.send(&ToAgent::Signal(signal)) || !ENDING.contains(&signal)
+                    (Action::Forward, Some(guest)) => {
+                        guest.send(&ToAgent::Signal(signal)) || !ENDING.contains(&signal)
                     }
                     (Action::Forward, None) => !ENDING.contains(&signal),
                     (Action::End, _) => false,

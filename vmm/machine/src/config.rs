@@ -76,11 +76,14 @@ impl Default for MachineConfig {
 pub struct MemoryConfig {
     /// Bytes of RAM: a multiple of 1 MiB, at least [`MIN_MEMORY`].
     pub size: ByteSize,
+    /// Record which pages change, so that a snapshot can be taken as the difference to the one before. Costs the guest a little.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub track_dirty: bool,
 }
 
 impl Default for MemoryConfig {
     fn default() -> Self {
-        Self { size: ByteSize::mib(256) }
+        Self { size: ByteSize::mib(256), track_dirty: false }
     }
 }
 
@@ -143,8 +146,9 @@ pub enum DeviceConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BlockConfig {
-    /// The image, or the block device.
-    pub path: PathBuf,
+    /// The image, or the block device. Absent: a spare slot, whose medium comes later.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
     /// Refuse the guest's writes and share the file with other readers. Otherwise this machine has it alone.
     #[serde(default)]
     pub read_only: bool,
@@ -154,8 +158,9 @@ pub struct BlockConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
-    /// Name of an existing TAP interface.
-    pub tap: String,
+    /// Name of an existing TAP interface. Absent: a spare card, which is plugged in later.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tap: Option<String>,
     /// The guest's hardware address; a random, locally administered one when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<MacAddress>,
@@ -339,14 +344,14 @@ fn validate_devices(devices: &[DeviceConfig]) -> Result<(), ConfigError> {
     let (mut taps, mut macs) = (HashSet::new(), HashSet::new());
     for (at, device) in devices.iter().enumerate() {
         match device {
-            DeviceConfig::Block(block) if block.path.as_os_str().is_empty() => {
+            DeviceConfig::Block(block) if block.path.as_ref().is_some_and(|p| p.as_os_str().is_empty()) => {
                 return Err(ConfigError::NoDiskPath { at });
             }
             DeviceConfig::Block(_) => {}
             DeviceConfig::Net(net) => {
                 net.validate(at)?;
-                if !taps.insert(&net.tap) {
-                    return Err(ConfigError::TapTwice { at, name: net.tap.clone() });
+                if let Some(tap) = net.tap.as_ref().filter(|tap| !taps.insert(*tap)) {
+                    return Err(ConfigError::TapTwice { at, name: tap.clone() });
                 }
                 if let Some(mac) = net.mac.filter(|mac| !macs.insert(*mac)) {
                     return Err(ConfigError::MacTwice { at, mac });
@@ -374,8 +379,8 @@ fn validate_devices(devices: &[DeviceConfig]) -> Result<(), ConfigError> {
 
 impl NetConfig {
     fn validate(&self, at: usize) -> Result<(), ConfigError> {
-        if !net::is_interface_name(&self.tap) {
-            return Err(ConfigError::TapName { at, name: self.tap.clone() });
+        if let Some(tap) = self.tap.as_ref().filter(|tap| !net::is_interface_name(tap)) {
+            return Err(ConfigError::TapName { at, name: tap.clone() });
         }
         if let Some(mac) = self.mac.filter(|mac| !mac.is_unicast()) {
             return Err(ConfigError::Mac { at, mac });

@@ -2,9 +2,10 @@
 //!
 //! Lives on the thread that called [`crate::Machine::run`]; everybody else has a [`Handle`].
 
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
+use crate::control::{Control, Refusal, Reply, Request};
 use crate::vcpu::VcpuThread;
 
 /// How often a machine that says nothing is asked whether it can still wake up.
@@ -32,6 +33,17 @@ pub enum Event {
     },
     /// Somebody on the host wants the machine gone.
     Stop,
+    /// Somebody on the host asks something of the machine.
+    Asked(Asked),
+}
+
+/// A question, and where its answer goes.
+#[derive(Debug)]
+pub struct Asked {
+    /// The question.
+    pub request: Request,
+    /// For the answer. Whoever asked may be gone.
+    pub answer: SyncSender<Result<Reply, Refusal>>,
 }
 
 /// How a machine came to its end.
@@ -71,6 +83,15 @@ impl Handle {
     }
 }
 
+impl Control for Handle {
+    fn ask(&self, request: Request) -> Result<Reply, Refusal> {
+        let (answer, reply) = sync_channel(1);
+        self.0.send(Event::Asked(Asked { request, answer })).map_err(|_| Refusal::Gone)?;
+        // A controller that ends drops the question, and with it our sender.
+        reply.recv().unwrap_or(Err(Refusal::Gone))
+    }
+}
+
 /// What the words of a kernel panic on the console mean.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PanicWords {
@@ -80,33 +101,77 @@ pub enum PanicWords {
     MayBeAnybodys,
 }
 
-/// Waits for the end of a machine whose vCPUs run.
-pub fn wait(events: &Receiver<Event>, vcpus: &[VcpuThread], words: PanicWords) -> Ending {
-    let mut panicked: Option<Instant> = None;
-    let mut rounds = 0;
-    loop {
-        let last_words = panicked.filter(|_| words == PanicWords::AreTheEnd);
-        let patience = last_words.map_or(SLEEP_CHECK, |at| LAST_WORDS.saturating_sub(at.elapsed()));
-        match events.recv_timeout(patience) {
-            Ok(Event::Stop) => return Ending::Stopped,
-            Ok(Event::Fatal { vcpu, reason }) => return Ending::Fatal(format!("vcpu {vcpu}: {reason}")),
-            // With `panic=1` a reset is how a panic ends.
-            Ok(Event::Reset) if panicked.is_some_and(|at| at.elapsed() < PANIC_RESET) => {
-                return Ending::Panicked;
+/// What the controller is woken for.
+#[derive(Debug)]
+pub enum Next {
+    /// The machine is over.
+    Ended(Ending),
+    /// Something is asked of it.
+    Asked(Asked),
+}
+
+/// The controller's patience: what it has heard so far that bears on the end.
+#[derive(Debug)]
+pub struct Watch {
+    words: PanicWords,
+    panicked: Option<Instant>,
+    rounds: u32,
+    /// When a guest that was asked to end is ended.
+    deadline: Option<Instant>,
+}
+
+impl Watch {
+    /// Nothing was heard yet.
+    pub fn new(words: PanicWords) -> Self {
+        Watch { words, panicked: None, rounds: 0, deadline: None }
+    }
+
+    /// The guest was asked to end, and has so much time.
+    pub fn end_within(&mut self, patience: Duration) {
+        let at = Instant::now() + patience;
+        self.deadline = Some(self.deadline.map_or(at, |sooner| sooner.min(at)));
+    }
+
+    /// Waits for the end of the machine, or for a question. The vCPUs run unless `paused`.
+    pub fn next(&mut self, events: &Receiver<Event>, vcpus: &[VcpuThread], paused: bool) -> Next {
+        loop {
+            let last_words = self.panicked.filter(|_| self.words == PanicWords::AreTheEnd);
+            let mut patience = last_words.map_or(SLEEP_CHECK, |at| LAST_WORDS.saturating_sub(at.elapsed()));
+            if let Some(deadline) = self.deadline {
+                patience = patience.min(deadline.saturating_duration_since(Instant::now()));
             }
-            Ok(Event::Reset) => return Ending::Reset,
-            Ok(Event::Panicked) => panicked = Some(Instant::now()),
-            Err(RecvTimeoutError::Timeout) if last_words.is_some() => return Ending::Panicked,
-            Err(RecvTimeoutError::Timeout) => {
-                // They answered the last question by now; if not, they run.
-                rounds = if vcpus.iter().all(VcpuThread::is_asleep) { rounds + 1 } else { 0 };
-                if rounds == SLEEP_ROUNDS {
-                    return if panicked.is_some() { Ending::Panicked } else { Ending::PoweredOff };
+            let ending = match events.recv_timeout(patience) {
+                Ok(Event::Asked(asked)) => return Next::Asked(asked),
+                Ok(Event::Stop) => Ending::Stopped,
+                Ok(Event::Fatal { vcpu, reason }) => Ending::Fatal(format!("vcpu {vcpu}: {reason}")),
+                // With `panic=1` a reset is how a panic ends.
+                Ok(Event::Reset) if self.panicked.is_some_and(|at| at.elapsed() < PANIC_RESET) => {
+                    Ending::Panicked
                 }
-                vcpus.iter().for_each(VcpuThread::ask);
-            }
-            // The machine holds a sender itself.
-            Err(RecvTimeoutError::Disconnected) => return Ending::Stopped,
+                Ok(Event::Reset) => Ending::Reset,
+                Ok(Event::Panicked) => {
+                    self.panicked = Some(Instant::now());
+                    continue;
+                }
+                Err(RecvTimeoutError::Timeout) if self.deadline.is_some_and(|at| at <= Instant::now()) => {
+                    Ending::Stopped
+                }
+                Err(RecvTimeoutError::Timeout) if last_words.is_some() => Ending::Panicked,
+                Err(RecvTimeoutError::Timeout) if paused => continue,
+                Err(RecvTimeoutError::Timeout) => {
+                    // They answered the last question by now; if not, they run.
+                    let asleep = vcpus.iter().all(VcpuThread::is_asleep);
+                    self.rounds = if asleep { self.rounds + 1 } else { 0 };
+                    if self.rounds < SLEEP_ROUNDS {
+                        vcpus.iter().for_each(VcpuThread::ask);
+                        continue;
+                    }
+                    if self.panicked.is_some() { Ending::Panicked } else { Ending::PoweredOff }
+                }
+                // The machine holds a sender itself.
+                Err(RecvTimeoutError::Disconnected) => Ending::Stopped,
+            };
+            return Next::Ended(ending);
         }
     }
 }

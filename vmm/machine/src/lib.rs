@@ -6,15 +6,18 @@
 
 #![deny(clippy::cast_possible_truncation)]
 
+pub mod api;
 pub mod arch;
 pub mod boot;
 pub mod builder;
 pub mod channels;
 pub mod config;
+pub mod control;
 pub mod controller;
 pub mod host;
 pub mod kvm;
 pub mod layout;
+pub mod metrics;
 pub mod plan;
 pub mod snapshot;
 pub mod timeline;
@@ -22,4 +25,4 @@ pub mod vcpu;
 
 mod machine;
 
-pub use machine::Machine;
+pub use machine::{Guest, Machine, Own};

@@ -11,10 +11,12 @@ mod socket;
 mod tests;
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use devices::virtio::block::Medium;
 use rustix::fs::{Mode, OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -31,6 +33,7 @@ use crate::config::{
 };
 use crate::host::tap::{Tap, TapError};
 use crate::host::{Host, HostFacts};
+use crate::snapshot::disks::LiveDisk;
 
 /// What the vmm binary carries for its guests.
 #[derive(Clone, Copy, Debug, Default)]
@@ -44,16 +47,21 @@ pub struct Assets {
 pub struct Plan {
     /// The description with all that was left open chosen, such as hardware addresses.
     pub config: MachineConfig,
-    /// The kernel, unpacked and checked.
-    pub kernel: Kernel,
-    /// The first user space, when there is one.
-    pub initramfs: Option<Cow<'static, [u8]>>,
     /// The devices in slot order.
     pub devices: Vec<Slot>,
     /// Where the serial port goes.
     pub console: ConsoleOutput,
     /// What a person should know although it is no error; one line each.
     pub warnings: Vec<String>,
+}
+
+/// What a guest boots from.
+#[derive(Debug)]
+pub struct Boot {
+    /// The kernel, unpacked and checked.
+    pub kernel: Kernel,
+    /// The first user space, when there is one.
+    pub initramfs: Option<Cow<'static, [u8]>>,
 }
 
 /// A device with its interrupt line.
@@ -69,11 +77,16 @@ pub struct Slot {
 #[derive(Debug)]
 pub enum PlannedDevice {
     /// A disk.
-    Block(Disk),
+    Block {
+        /// What is in it; nothing in a spare slot.
+        medium: Option<LiveDisk>,
+        /// Whether the guest may only read.
+        read_only: bool,
+    },
     /// A network card.
     Net {
-        /// The host's end.
-        tap: Tap,
+        /// The host's end and its name; nothing in a spare slot.
+        tap: Option<(String, Tap)>,
         /// The guest's hardware address.
         mac: MacAddress,
     },
@@ -120,36 +133,84 @@ pub enum PlanError {
 
 impl Plan {
     /// Opens all that `config` names. What is cheap comes first, and what leaves a trace (a console's file, a socket) last.
-    pub fn new(config: &MachineConfig, host: &Host, assets: &Assets) -> Result<Self, PlanError> {
+    pub fn new(config: &MachineConfig, host: &Host, assets: &Assets) -> Result<(Self, Boot), PlanError> {
         config.validate(&host.facts)?;
+        let initramfs = initramfs(config, assets)?;
         let mut config = config.clone();
-        let initramfs = initramfs(&config, assets)?;
-        let mut devices = Vec::with_capacity(config.devices.len());
-        for (slot, device) in config.devices.iter_mut().enumerate() {
-            let irq = irq_for_slot(slot).ok_or(ConfigError::TooManyDevices(slot + 1))?;
-            devices.push(Slot { irq, device: PlannedDevice::open(device)? });
-        }
+        let mut devices = open_devices(&mut config, &mut BTreeMap::new())?;
         let kernel = Kernel::open(&config.boot.kernel, config.boot.protocol)?;
         let initramfs_size = initramfs.as_ref().map_or(0, |archive| archive.len() as u64);
         boot::place(&kernel, initramfs_size, config.memory.size.bytes())?;
-        for (slot, device) in devices.iter_mut().zip(&config.devices) {
-            slot.device.bind(device)?;
-        }
+        bind_devices(&mut devices, &config)?;
         let console = ConsoleOutput::open(&config.console)?;
         let warnings = warnings(&config, &host.facts);
-        Ok(Self { config, kernel, initramfs, devices, console, warnings })
+        Ok((Self { config, devices, console, warnings }, Boot { kernel, initramfs }))
     }
+
+    /// Opens what `config` names but for what a guest boots from: it was booted before a snapshot was taken of it. `media` are
+    /// disks, by slot, that are open already and take the place of those that `config` names.
+    pub fn for_snapshot(
+        config: &MachineConfig,
+        host: &Host,
+        mut media: BTreeMap<usize, LiveDisk>,
+    ) -> Result<Self, PlanError> {
+        config.validate(&host.facts)?;
+        let mut config = config.clone();
+        let mut devices = open_devices(&mut config, &mut media)?;
+        bind_devices(&mut devices, &config)?;
+        let console = ConsoleOutput::open(&config.console)?;
+        let warnings = warnings(&config, &host.facts);
+        Ok(Self { config, devices, console, warnings })
+    }
+}
+
+fn open_devices(
+    config: &mut MachineConfig,
+    media: &mut BTreeMap<usize, LiveDisk>,
+) -> Result<Vec<Slot>, PlanError> {
+    let mut devices = Vec::with_capacity(config.devices.len());
+    for (slot, device) in config.devices.iter_mut().enumerate() {
+        let irq = irq_for_slot(slot).ok_or(ConfigError::TooManyDevices(slot + 1))?;
+        let open = match (media.remove(&slot), &device) {
+            (Some(disk), DeviceConfig::Block(block)) => {
+                PlannedDevice::Block { medium: Some(disk), read_only: block.read_only }
+            }
+            _ => PlannedDevice::open(slot, device)?,
+        };
+        devices.push(Slot { irq, device: open });
+    }
+    Ok(devices)
+}
+
+fn bind_devices(devices: &mut [Slot], config: &MachineConfig) -> Result<(), PlanError> {
+    devices.iter_mut().zip(&config.devices).try_for_each(|(slot, device)| slot.device.bind(device))
 }
 
 impl PlannedDevice {
     /// Opens what is there already, and writes the choices that were left to us into the description.
-    fn open(config: &mut DeviceConfig) -> Result<Self, PlanError> {
+    fn open(slot: usize, config: &mut DeviceConfig) -> Result<Self, PlanError> {
         Ok(match config {
             DeviceConfig::Block(BlockConfig { path, read_only }) => {
-                Self::Block(Disk::open(path, *read_only)?)
+                let medium = match path {
+                    Some(path) => {
+                        let Disk { file, path, .. } = Disk::open(path, *read_only)?;
+                        Some(LiveDisk {
+                            slot,
+                            path: Some(path),
+                            read_only: *read_only,
+                            medium: Medium::Raw(file),
+                            base: None,
+                        })
+                    }
+                    None => None,
+                };
+                Self::Block { medium, read_only: *read_only }
             }
             DeviceConfig::Net(NetConfig { tap, mac, .. }) => {
-                let tap = Tap::open(tap)?;
+                let tap = match tap {
+                    Some(name) => Some((name.clone(), Tap::open(name)?)),
+                    None => None,
+                };
                 let mac = *match mac {
                     Some(mac) => mac,
                     None => mac.insert(random_mac()?),

@@ -95,7 +95,8 @@ impl Timeline {
         Duration::from_nanos(self.kvm_nanoseconds.load(Ordering::Relaxed))
     }
 
-    fn emulated(&self) -> Option<u64> {
+    /// Instructions of the guest that KVM has emulated so far; `None` before there are vCPUs.
+    pub fn emulated(&self) -> Option<u64> {
         let stats = self.stats.lock().unwrap_or_else(PoisonError::into_inner);
         if stats.is_empty() { None } else { stats.iter().map(|s| s.insn_emulation()).sum() }
     }

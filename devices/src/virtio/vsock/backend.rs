@@ -151,8 +151,16 @@ impl Listener {
     /// # Errors
     /// `TimedOut` when none comes, `NotConnected` when the device is gone.
     pub fn accept_timeout(&self, patience: Duration) -> io::Result<UnixStream> {
+        self.accept_timeout_from(patience).map(|(socket, _)| socket)
+    }
+
+    /// The same, with the port of the guest that it is from.
+    ///
+    /// # Errors
+    /// As for [`accept_timeout`](Self::accept_timeout).
+    pub fn accept_timeout_from(&self, patience: Duration) -> io::Result<(UnixStream, u32)> {
         match self.incoming.recv_timeout(patience) {
-            Ok(connection) => Ok(self.taken(connection).0),
+            Ok(connection) => Ok(self.taken(connection)),
             Err(RecvTimeoutError::Timeout) => Err(io::ErrorKind::TimedOut.into()),
             Err(RecvTimeoutError::Disconnected) => Err(io::ErrorKind::NotConnected.into()),
         }

@@ -4,13 +4,17 @@
 use std::io::Read;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use std::{env, fs};
 
-use protocol::{ByteString, Dialogue, FromAgent, Start, StreamHeader, StreamKind, ToAgent, Token};
+use agent::error::Error;
+use agent::session::Machine;
+use protocol::{
+    Begin, ByteString, Dialogue, Disk, FromAgent, Root, Seed, Start, StreamHeader, StreamKind, ToAgent, Token,
+};
 use protocol::{read_message, write_message};
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
@@ -25,8 +29,14 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 const DIRECTORY: &str = "AGENT_TEST_DIRECTORY";
 
 /// Applets that the tests use.
-const APPLETS: &str = "awk cat chmod cut dd env false grep head hostname id kill ls md5sum mkdir mount nproc ps pwd readlink sed \
-                       seq sh sleep stat stty tail touch tr true tty wc yes";
+const APPLETS: &str = "awk cat chmod cut dd env false grep head hostname id ifconfig kill ls md5sum mkdir mount nproc ps pwd readlink route sed \
+                       seq setsid sh sleep stat stty tail touch tr true tty wc yes";
+
+/// What the containers' `/etc/machine-id` becomes.
+pub const MACHINE_ID: [u8; 16] = [0xab; 16];
+
+/// What is not to be done to the machine that runs the tests, is written down here.
+const CLOCK_FILE: &str = "clock";
 
 pub const TOKEN: Token = Token(*b"a token of tests");
 
@@ -50,12 +60,33 @@ pub struct Guest {
     dialogue: Dialogue,
     pub control: UnixStream,
     streams: UnixListener,
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 impl Guest {
-    /// Starts a guest and hears its Hello.
+    /// Starts a guest and has its image mounted.
     pub fn boot() -> Self {
+        let mut guest = Self::greeted();
+        assert!(guest.begin().as_deref() == Some(b"{}"));
+        guest
+    }
+
+    /// Says Begin, and hears what the image says.
+    pub fn begin(&mut self) -> Option<ByteString> {
+        self.say(&ToAgent::Begin(Box::new(Begin {
+            clock: 5_000_000_007,
+            seed: Seed([9; 32]),
+            machine_id: MACHINE_ID,
+            root: Root { device: "vda".into(), file_system: String::new() },
+        })));
+        match self.hear() {
+            FromAgent::Image { config } => config,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Starts a guest and hears its Hello.
+    pub fn greeted() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let root = directory.path();
         make_image(&root.join("image"));
@@ -72,14 +103,19 @@ impl Guest {
         let (control, _) = control.accept().unwrap();
         control.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         let dialogue = Dialogue::default();
-        let mut guest = Self { process, dialogue, control, streams, _directory: directory };
-        assert!(
-            matches!(guest.hear(), FromAgent::Hello { image_config: Some(config), .. } if *config == *b"{}")
-        );
+        let mut guest = Self { process, dialogue, control, streams, directory };
+        assert!(matches!(guest.hear(), FromAgent::Hello { .. }));
         guest
     }
 
+    /// What the agent has set the clock to, in the order in which it did.
+    pub fn clocks(&self) -> Vec<u64> {
+        let file = fs::read_to_string(self.directory.path().join(CLOCK_FILE)).unwrap();
+        file.lines().map(|line| line.parse().unwrap()).collect()
+    }
+
     pub fn say(&mut self, message: &ToAgent) {
+        assert!(self.dialogue.say(message), "{message:?}");
         write_message(&mut self.control, message).unwrap();
     }
 
@@ -90,7 +126,6 @@ impl Guest {
     }
 
     pub fn start(&mut self, start: Start) {
-        assert!(self.dialogue.start());
         self.say(&ToAgent::Start(Box::new(start)));
     }
 
@@ -142,6 +177,32 @@ impl Drop for Guest {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
+        if let Some(cgroup) = cgroup_of(self.process.id()) {
+            // What was killed with the guest takes a moment to be gone.
+            let _ = fs::write(cgroup.join("cgroup.kill"), "1");
+            for _ in 0..500 {
+                let _ = fs::remove_dir(cgroup.join("container"));
+                if !cgroup.exists() || fs::remove_dir(&cgroup).is_ok() {
+                    break;
+                }
+                thread::sleep(Duration::from_millis(10));
+            }
+        }
+    }
+}
+
+/// The cgroup that stands for the whole hierarchy of the guest whose process has this number; `None` where there is no cgroup v2.
+fn cgroup_of(process: u32) -> Option<PathBuf> {
+    let mounts = fs::read_to_string("/proc/mounts").unwrap();
+    let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2"))?;
+    Some(Path::new(mount.split(' ').nth(1)?).join(format!("agent-test-{process}")))
+}
+
+/// Takes this process to a cgroup of its own.
+fn enter_cgroup() {
+    let Some(cgroup) = cgroup_of(std::process::id()) else { return };
+    if fs::create_dir(&cgroup).is_ok() {
+        fs::write(cgroup.join("cgroup.procs"), "0").unwrap();
     }
 }
 
@@ -169,6 +230,10 @@ pub fn shell(script: &str) -> Start {
     command(&["sh", "-c", script])
 }
 
+pub fn disk(name: &str, device: &str) -> Disk {
+    Disk { name: name.into(), device: device.into() }
+}
+
 pub fn command(args: &[&str]) -> Start {
     Start {
         token: TOKEN,
@@ -189,6 +254,7 @@ fn make_image(image: &Path) {
     fs::write(image.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nweb:x:33:34::/srv:/bin/sh\n").unwrap();
     fs::write(image.join("etc/group"), "root:x:0:\nwww:x:34:\naudio:x:29:web\n").unwrap();
     fs::write(image.join("bin/data"), "not executable").unwrap();
+    fs::write(image.join("etc/machine-id"), "uninitialized\n").unwrap();
     fs::write(image.join(".vmm/image.json"), "{}").unwrap();
     add_this_program(image);
 }
@@ -212,9 +278,11 @@ fn add_this_program(image: &Path) {
 /// The guest's side: a process with one thread, PID 1 of a namespace, runs a session to its end.
 pub fn process() {
     let Some(directory) = env::var_os(DIRECTORY) else { return };
+    enter_cgroup();
     // SAFETY: the flags concern no descriptor. The child has the only thread of its process, and the C library readies its heap for that.
     let child = unsafe {
-        unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::NEWNET | UnshareFlags::NEWPID).unwrap();
+        let spaces = UnshareFlags::NEWNS | UnshareFlags::NEWNET | UnshareFlags::NEWPID;
+        unshare_unsafe(spaces | UnshareFlags::NEWCGROUP).unwrap();
         libc::fork()
     };
     let Some(child) = Pid::from_raw(child) else {
@@ -234,6 +302,8 @@ pub fn process() {
 }
 
 fn serve(directory: &Path) {
+    // A card. Where there is no way to make one, no test looks for it.
+    let _ = Command::new("ip").args("link add eth0 type veth peer name eth1".split(' ')).status();
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
     mount_bind_recursive(directory, directory).unwrap();
     rustix::process::chdir(directory).unwrap();
@@ -243,30 +313,53 @@ fn serve(directory: &Path) {
     // The directory is what the initramfs is in a VM. What is in it is reached by this descriptor from now on.
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let outside = rustix::fs::open("/", flags, Mode::empty()).unwrap();
-    agent::mounts::cover_initramfs().unwrap();
-    rustix::process::fchdir(&outside).unwrap();
-    for directory in ["/image", "/dev"] {
-        rustix::fs::mkdir(directory, Mode::RWXU).unwrap();
-    }
-    mount_bind("image", "/image").unwrap();
-    let dial = |path: &str, flags| -> rustix::io::Result<OwnedFd> {
+    let machine = Namespaces { outside };
+    let control = machine.dial("control", SocketFlags::CLOEXEC).unwrap();
+    agent::session::serve(control, &machine);
+}
+
+/// What stands in for the machine: the directory is the disk, and the devices are the kernel's own.
+struct Namespaces {
+    outside: OwnedFd,
+}
+
+impl Namespaces {
+    fn dial(&self, path: &str, flags: SocketFlags) -> rustix::io::Result<OwnedFd> {
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        rustix::process::fchdir(&outside)?;
+        rustix::process::fchdir(&self.outside)?;
         connect(&socket, &SocketAddrUnix::new(path)?)?;
         rustix::process::chdir("/")?;
         Ok(socket)
-    };
-    let control = dial("control", SocketFlags::CLOEXEC).unwrap();
-    let stream = || dial("stream", SocketFlags::CLOEXEC | SocketFlags::NONBLOCK);
-    agent::session::serve(control, &stream, open_image);
+    }
 }
 
-/// In place of a disk: the directory is there already. The devices are the kernel's own.
-fn open_image() -> Result<Option<ByteString>, agent::error::Error> {
-    let none = None::<&std::ffi::CStr>;
-    rustix::mount::mount("devtmpfs", "/dev", "devtmpfs", rustix::mount::MountFlags::empty(), none)
-        .map_err(agent::error::at("mount /dev"))?;
-    let config = agent::image::read_config(c"/image/.vmm/image.json")?;
-    agent::mounts::make_overlay()?;
-    Ok(config)
+impl Machine for Namespaces {
+    fn prepare(&self) -> Result<(), Error> {
+        agent::mounts::cover_initramfs()?;
+        agent::mounts::make_directories()
+    }
+
+    fn set_clock(&self, nanoseconds: u64) -> Result<(), Error> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::APPEND | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&self.outside, CLOCK_FILE, flags, Mode::RUSR).unwrap();
+        rustix::io::write(&file, format!("{nanoseconds}\n").as_bytes()).unwrap();
+        Ok(())
+    }
+
+    fn open_image(&self, _: &Root) -> Result<Option<ByteString>, Error> {
+        rustix::process::fchdir(&self.outside).unwrap();
+        mount_bind("image", "/image").unwrap();
+        let config = agent::image::read_config(c"/image/.vmm/image.json")?;
+        agent::mounts::make_overlay()?;
+        Ok(config)
+    }
+
+    // The disks are the tests' machine's, and not to be opened.
+    fn wait_for_disk(&self, _: &str) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn connect_stream(&self) -> rustix::io::Result<OwnedFd> {
+        self.dial("stream", SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)
+    }
 }

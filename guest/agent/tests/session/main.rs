@@ -4,6 +4,7 @@
 
 mod escape;
 mod guest;
+mod snapshot;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
@@ -11,7 +12,7 @@ use std::thread;
 
 use protocol::{ExitStatus, FailReason, FromAgent, Start, StreamKind, ToAgent, WindowSize};
 
-use guest::{Guest, collect, command, shell, text, unavailable};
+use guest::{Guest, collect, command, disk, shell, text, unavailable};
 
 /// Not a test: what each test starts as its guest.
 #[test]
@@ -49,7 +50,7 @@ fn the_container_is_a_world_of_its_own() {
                   ls -l /dev | awk '{print $1, $NF}'; ls /; echo $(ls /proc/self/fd); id; \
                   grep -E 'Seccomp:|CapBnd' /proc/self/status; readlink /dev/stdout; echo x >/dev/null; umask; \
                   cat /sys/class/net/lo/flags; echo y >/etc/new; cat /etc/new; touch /sys/x";
-    let ran = Guest::boot().run(Start { disks: vec!["vda".into()], ..shell(script) });
+    let ran = Guest::boot().run(Start { disks: vec![disk("vdb", "vda")], ..shell(script) });
     assert_eq!(ran.last, exited(1), "{} {}", ran.stdout, ran.stderr);
     let out = &ran.stdout;
     // PID 1, and the subshell, ls and wc.
@@ -68,7 +69,7 @@ fn the_container_is_a_world_of_its_own() {
     for line in [
         "crw-rw-rw- null",
         "crw-rw-rw- tty",
-        "brw-rw---- vda",
+        "brw-rw---- vdb",
         "lrwxrwxrwx /proc/self/fd/1",
         "lrwxrwxrwx pts/ptmx",
         "uid=0(root) gid=0(root)",
@@ -100,7 +101,7 @@ fn no_way_out_of_the_root() {
     let ran = Guest::boot().run(start);
     assert_eq!(ran.last, exited(0), "{} {}", ran.stdout, ran.stderr);
     // All of them were tried, and what lies below the container's root is not the agent's.
-    assert!(ran.stdout.contains("below: control image stream\n"), "{}", ran.stdout);
+    assert!(ran.stdout.contains("below: clock control image stream\n"), "{}", ran.stdout);
 }
 
 #[test]
@@ -119,9 +120,9 @@ fn what_cannot_be_started() {
     assert_eq!(reason(command(&[])).0, FailReason::Setup);
     let (kind, message) = reason(Start { user: "nobody".into(), ..command(&["true"]) });
     assert_eq!((kind, &*message), (FailReason::Setup, "no user \"nobody\" in the container's /etc/passwd"));
-    let (kind, message) = reason(Start { disks: vec!["../x".into()], ..command(&["true"]) });
+    let (kind, message) = reason(Start { disks: vec![disk("vdb", "../x")], ..command(&["true"]) });
     assert_eq!((kind, &*message), (FailReason::Setup, "\"../x\" is not the name of a disk"));
-    assert_eq!(reason(Start { disks: vec!["vdzz".into()], ..command(&["true"]) }).0, FailReason::Setup);
+    assert_eq!(reason(Start { disks: vec![disk("vdb", "vdzz")], ..command(&["true"]) }).0, FailReason::Setup);
 }
 
 #[test]
@@ -305,4 +306,17 @@ fn the_host_ends_it() {
     guest.control.shutdown(Shutdown::Both).unwrap();
     guest.wait();
     drop(streams);
+}
+
+#[test]
+fn the_machine_is_one_of_its_own() {
+    if unavailable() {
+        return;
+    }
+    let guest = Guest::boot();
+    assert_eq!(guest.clocks(), [5_000_000_007]);
+    let script = "cat /etc/machine-id; cat /proc/self/cgroup | grep ^0";
+    let ran = guest.run(shell(script));
+    assert_eq!(ran.stdout, format!("{}\n0::/\n", "ab".repeat(16)));
+    assert_eq!(ran.last, exited(0), "{}", ran.stderr);
 }

@@ -5,7 +5,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    ByteString, ExitStatus, FailReason, FromAgent, Ipv4Cidr, Network, Start, ToAgent, Token, WindowSize,
+    Begin, ByteString, Disk, ExitStatus, FailReason, FromAgent, Identity, Ipv4Cidr, Network, Root, Seed,
+    Start, StreamKind, ToAgent, Token, WindowSize,
 };
 
 fn bytes() -> impl Strategy<Value = ByteString> {
@@ -17,18 +18,48 @@ fn size() -> impl Strategy<Value = WindowSize> {
 }
 
 fn network() -> impl Strategy<Value = Network> {
-    (".{0,15}", any::<Option<[u8; 4]>>(), any::<u8>(), any::<Option<[u8; 4]>>()).prop_map(
-        |(interface, address, prefix, gateway)| Network {
+    let mac = any::<Option<[u8; 6]>>();
+    (".{0,15}", mac, any::<Option<[u8; 4]>>(), any::<u8>(), any::<Option<[u8; 4]>>()).prop_map(
+        |(interface, mac, address, prefix, gateway)| Network {
             interface,
+            mac,
             address: address.map(|address| Ipv4Cidr { address: address.into(), prefix }),
             gateway: gateway.map(Into::into),
         },
     )
 }
 
+fn begin() -> impl Strategy<Value = Begin> {
+    (any::<u64>(), any::<[u8; 32]>(), any::<[u8; 16]>(), "vd[a-z]", ".{0,9}").prop_map(
+        |(clock, seed, machine_id, device, file_system)| Begin {
+            clock,
+            seed: Seed(seed),
+            machine_id,
+            root: Root { device, file_system },
+        },
+    )
+}
+
+fn identity() -> impl Strategy<Value = Identity> {
+    let name = proptest::option::of(".{0,9}");
+    (any::<u64>(), any::<[u8; 32]>(), name, any::<[u8; 16]>(), proptest::option::of(network())).prop_map(
+        |(clock, seed, hostname, machine_id, network)| Identity {
+            clock,
+            seed: Seed(seed),
+            hostname,
+            machine_id,
+            network,
+        },
+    )
+}
+
+fn disk() -> impl Strategy<Value = Disk> {
+    ("vd[a-z]", "vd[a-z]").prop_map(|(name, device)| Disk { name, device })
+}
+
 fn start() -> impl Strategy<Value = Start> {
     let words = || vec(bytes(), 0..6);
-    let names = (".{0,9}", ".{0,9}", vec("vd[a-z]", 0..4));
+    let names = (".{0,9}", ".{0,9}", vec(disk(), 0..4));
     let rest = (proptest::option::of(size()), proptest::option::of(network()), any::<[bool; 2]>());
     (any::<[u8; 16]>(), words(), words(), bytes(), names, rest).prop_map(
         |(token, args, env, cwd, (user, hostname, disks), (terminal, network, [stdin, vsock]))| Start {
@@ -49,7 +80,11 @@ fn start() -> impl Strategy<Value = Start> {
 
 fn to_agent() -> impl Strategy<Value = ToAgent> {
     prop_oneof![
+        begin().prop_map(|begin| ToAgent::Begin(Box::new(begin))),
         start().prop_map(|start| ToAgent::Start(Box::new(start))),
+        identity().prop_map(|identity| ToAgent::Restored(Box::new(identity))),
+        Just(ToAgent::Freeze),
+        Just(ToAgent::Thaw),
         any::<i32>().prop_map(ToAgent::Signal),
         size().prop_map(ToAgent::Resize),
         Just(ToAgent::Shutdown),
@@ -63,9 +98,17 @@ fn from_agent() -> impl Strategy<Value = FromAgent> {
         Just(FailReason::RootFs),
         Just(FailReason::Setup)
     ];
+    let kind = prop_oneof![
+        Just(StreamKind::Stdin),
+        Just(StreamKind::Stdout),
+        Just(StreamKind::Stderr),
+        Just(StreamKind::Terminal)
+    ];
     prop_oneof![
-        (any::<u32>(), proptest::option::of(bytes()))
-            .prop_map(|(version, image_config)| FromAgent::Hello { version, image_config }),
+        any::<u32>().prop_map(|version| FromAgent::Hello { version }),
+        proptest::option::of(bytes()).prop_map(|config| FromAgent::Image { config }),
+        Just(FromAgent::Frozen),
+        vec((kind, any::<u32>()), 0..5).prop_map(|streams| FromAgent::Restored { streams }),
         any::<u32>().prop_map(|pid| FromAgent::Started { pid }),
         (reason, ".{0,30}").prop_map(|(reason, message)| FromAgent::Failed { reason, message }),
         any::<u8>().prop_map(|code| FromAgent::Exited(ExitStatus::Code(code))),
@@ -180,8 +223,12 @@ fn a_frame_holds_one_message() {
 // Byte for byte, so that a change of the wire format cannot go unnoticed: it needs a new PROTOCOL_VERSION.
 #[test]
 fn the_wire_format() {
-    let hello = FromAgent::Hello { version: 1, image_config: Some(ByteString::from("{}")) };
-    assert_eq!(encode(&hello).unwrap(), [6, 0, 0, 0, 0, 1, 1, 2, b'{', b'}']);
-    assert_eq!(encode(&ToAgent::Signal(15)).unwrap(), [2, 0, 0, 0, 1, 30]);
-    assert_eq!(encode(&FromAgent::Exited(ExitStatus::Signal(9))).unwrap(), [3, 0, 0, 0, 3, 1, 9]);
+    // The one that must be understood by every version there will be, to be refused.
+    assert_eq!(encode(&FromAgent::Hello { version: 2 }).unwrap(), [2, 0, 0, 0, 0, 2]);
+    let image = FromAgent::Image { config: Some(ByteString::from("{}")) };
+    assert_eq!(encode(&image).unwrap(), [5, 0, 0, 0, 1, 1, 2, b'{', b'}']);
+    assert_eq!(encode(&ToAgent::Signal(15)).unwrap(), [2, 0, 0, 0, 2, 30]);
+    assert_eq!(encode(&FromAgent::Exited(ExitStatus::Signal(9))).unwrap(), [3, 0, 0, 0, 4, 1, 9]);
+    let restored = FromAgent::Restored { streams: vec![(StreamKind::Stderr, 5)] };
+    assert_eq!(encode(&restored).unwrap(), [4, 0, 0, 0, 6, 1, 2, 5]);
 }

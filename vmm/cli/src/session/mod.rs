@@ -1,29 +1,32 @@
-//! The host's side of a container: greets the agent, says what to run, carries stdio and signals, and learns how it ended.
+//! The host's side of a container: says to the agent who it is and what to run, carries stdio and signals, and learns how it ended.
 //!
-//! Runs on threads of its own beside the machine's controller: `session` (this file) speaks the control protocol, and each
-//! stream has a thread ([`streams`]). Everything that comes from the agent is hostile input: bounded, and checked by
-//! [`protocol::Dialogue`].
+//! Runs on threads of its own beside the machine's controller: `session` (this file) listens to the agent, each stream has a thread
+//! ([`streams`]), and whoever has something to say to the agent says it by [`Guest`]. Everything that comes from the agent is hostile
+//! input: bounded, and checked by [`protocol::Dialogue`].
 
+pub mod guest;
 pub mod image;
+pub mod request;
 pub mod streams;
 
-use std::io::{self, BufReader};
+use std::io::{self, BufReader, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use devices::virtio::vsock::Listener;
 use machine::controller::Handle;
 use machine::timeline::{Phase, Timeline};
 use protocol::{
-    ByteString, CONTROL_PORT, Dialogue, FromAgent, Network, STREAM_PORT, Start, ToAgent, Token, WindowSize,
-    printable, read_message, write_message,
+    ByteString, CONTROL_PORT, Dialogue, FromAgent, STREAM_PORT, StreamKind, ToAgent, printable, read_message,
 };
 
+pub use guest::Guest;
+pub use request::{NewSelf, Request};
+
 use crate::{exit_code, terminal};
-use image::ImageConfig;
 
 /// vsock ports of the host that a session listens on.
 pub const PORTS: [u32; 2] = [CONTROL_PORT, STREAM_PORT];
@@ -32,29 +35,15 @@ const WRITE_PATIENCE: Duration = Duration::from_secs(5);
 /// Longest text of the agent that is shown.
 const LONGEST_MESSAGE: usize = 1000;
 
-/// What to run, as far as the command line says it. The rest is the image's.
-#[derive(Debug, Clone, Default)]
-pub struct Request {
-    /// Command and arguments; empty for the image's own.
-    pub command: Vec<ByteString>,
-    /// `NAME=value` words that come after the image's.
-    pub env: Vec<ByteString>,
-    /// Directory to start in.
-    pub workdir: Option<ByteString>,
-    /// `user[:group]`.
-    pub user: Option<String>,
-    /// Host name.
-    pub hostname: Option<String>,
-    /// Pass standard input.
-    pub interactive: bool,
-    /// A terminal of this size.
-    pub terminal: Option<WindowSize>,
-    /// Block devices that the container may use.
-    pub disks: Vec<String>,
-    /// Its network interface.
-    pub network: Option<Network>,
-    /// Whether it may use vsock itself.
-    pub vsock: bool,
+/// How a session begins.
+#[derive(Debug, Clone)]
+pub enum Opening {
+    /// The machine boots: its agent will say `Hello`.
+    Boot(Request),
+    /// The machine is a copy of a template: its agent waits to hear what to be and to run.
+    Template(Request),
+    /// The machine is a copy of one whose container was frozen: it is to be another, and goes on.
+    Snapshot(NewSelf),
 }
 
 /// How a session ended.
@@ -66,23 +55,7 @@ pub enum Verdict {
     Failed(u8, String),
 }
 
-/// A way to the container from other threads, from the moment that it is there.
-#[derive(Clone, Default)]
-pub struct Remote(Arc<Mutex<Option<UnixStream>>>);
-
-impl Remote {
-    /// Sends `message`; `false` when there is no container yet, or it is out of reach.
-    pub fn send(&self, message: &ToAgent) -> bool {
-        let mut control = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        control.as_mut().is_some_and(|socket| write_message(socket, message).is_ok())
-    }
-
-    fn set(&self, socket: UnixStream) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(socket);
-    }
-}
-
-/// A session that waits for its agent.
+/// A session with an agent.
 pub struct Session {
     verdict: Receiver<Verdict>,
     /// The container has ended; its output may still be on its way to whoever reads it.
@@ -91,7 +64,7 @@ pub struct Session {
 
 /// What a session needs of the machine.
 pub struct Links {
-    /// Where the agent connects first.
+    /// Where the agent connects first; in a copy it is connected from the first.
     pub control: Listener,
     /// Where its streams connect.
     pub streams: Listener,
@@ -99,19 +72,23 @@ pub struct Links {
     pub machine: Handle,
     /// When things happened.
     pub timeline: Arc<Timeline>,
+    /// Told, with a line, when a copy has become another machine.
+    pub ready: Option<Box<dyn Write + Send>>,
 }
 
 impl Session {
-    /// Starts to wait for the agent.
+    /// Starts to wait for the agent. `guest` is the way to it from then on.
     ///
     /// # Errors
     /// When the host refuses a thread.
-    pub fn start(links: Links, request: Request, remote: Remote) -> io::Result<Self> {
+    pub fn start(links: Links, opening: Opening, guest: Guest) -> io::Result<Self> {
         let (sender, verdict) = channel();
         let exited = Arc::new(AtomicBool::new(false));
         let (machine, heard) = (links.machine.clone(), exited.clone());
         std::thread::Builder::new().name("session".into()).spawn(move || {
-            if let Some(verdict) = run(links, request, &remote, &heard) {
+            let verdict = run(links, opening, &guest, &heard);
+            guest.end();
+            if let Some(verdict) = verdict {
                 let _ = sender.send(verdict);
                 machine.stop();
             }
@@ -134,132 +111,164 @@ impl Session {
     }
 }
 
+/// Waits until the agent of a machine that is to become a template has said `Hello`. The connection has to stay open until the template is
+/// taken: its loss is the machine's end.
+///
+/// # Errors
+/// With a line for a person when it does not within `patience`, or is not the agent of this program.
+pub fn greet(control: &Listener, patience: Duration) -> Result<UnixStream, String> {
+    let failed = |error: &dyn std::fmt::Display| format!("the agent in the guest: {error}");
+    let mut socket = control
+        .accept_timeout(patience)
+        .map_err(|error| format!("the agent in the guest did not connect: {error}"))?;
+    socket.set_read_timeout(Some(patience)).map_err(|error| failed(&error))?;
+    let hello = read_message::<FromAgent>(&mut socket).map_err(|error| failed(&error))?;
+    let hello = hello.ok_or("the agent in the guest closed its connection")?;
+    if let FromAgent::Failed { message, .. } = &hello {
+        return Err(printable(message, LONGEST_MESSAGE));
+    }
+    Dialogue::default().heard(&hello).map_err(|violation| failed(&violation))?;
+    Ok(socket)
+}
+
 /// `None` when the connection was lost.
-fn run(links: Links, request: Request, remote: &Remote, exited: &AtomicBool) -> Option<Verdict> {
-    let Links { control, streams: listener, timeline, .. } = links;
-    let mut listener = Some(listener);
+fn run(links: Links, opening: Opening, guest: &Guest, exited: &AtomicBool) -> Option<Verdict> {
+    let Links { control, streams: listener, timeline, ready, .. } = links;
     // Only the first connection: the agent makes it before it starts anybody else.
     let socket = control.accept();
     drop(control);
     let control = socket?;
-    let ours = |what: &str| Some(Verdict::Failed(exit_code::VMM, what.to_owned()));
-    let Ok(mut writer) = control.try_clone() else {
-        return ours("too many open files: raise the limit (ulimit -n)");
+    let ours = |what: String| Some(Verdict::Failed(exit_code::VMM, what));
+    let Ok(writer) = control.try_clone() else {
+        return ours("too many open files: raise the limit (ulimit -n)".into());
     };
     let _ = writer.set_write_timeout(Some(WRITE_PATIENCE));
+    guest.connect(
+        writer,
+        match &opening {
+            Opening::Boot(_) => Dialogue::default(),
+            Opening::Template(_) => Dialogue::in_template(),
+            Opening::Snapshot(_) => Dialogue::in_snapshot(),
+        },
+    );
     let mut reader = BufReader::new(control);
-    let mut dialogue = Dialogue::default();
-    let mut output: Option<streams::Streams> = None;
+    let mut conversation =
+        Conversation { opening, guest, exited, listener: Some(listener), timeline, ready, output: None };
+    if let Err(what) = conversation.open() {
+        return ours(what);
+    }
     loop {
         let message: FromAgent = match read_message(&mut reader) {
             Ok(Some(message)) => message,
             Ok(None) => return None,
-            Err(error) => return ours(&format!("the agent in the guest: {error}")),
+            Err(error) => return ours(format!("the agent in the guest: {error}")),
         };
-        if let Err(violation) = dialogue.heard(&message) {
-            return ours(&format!("the agent in the guest: {violation}"));
+        if let Err(violation) = guest.heard(&message) {
+            return ours(format!("the agent in the guest: {violation}"));
         }
+        match conversation.answer(message) {
+            Ok(None) => {}
+            Ok(verdict) => return verdict,
+            Err(what) => return ours(what),
+        }
+    }
+}
+
+/// What the session's thread knows while it listens.
+struct Conversation<'a> {
+    opening: Opening,
+    guest: &'a Guest,
+    exited: &'a AtomicBool,
+    /// Until the streams have it.
+    listener: Option<Listener>,
+    timeline: Arc<Timeline>,
+    ready: Option<Box<dyn Write + Send>>,
+    output: Option<streams::Streams>,
+}
+
+impl Conversation<'_> {
+    /// Says what is to be said before the agent says anything. An error is a line for a person, here and below.
+    fn open(&self) -> Result<(), String> {
+        match &self.opening {
+            Opening::Boot(_) => Ok(()),
+            Opening::Template(request) => self.say(&ToAgent::Begin(Box::new(request.begin()?))),
+            Opening::Snapshot(new) => self.say(&ToAgent::Restored(Box::new(new.identity()?))),
+        }
+    }
+
+    /// Answers a message that came in its turn.
+    fn answer(&mut self, message: FromAgent) -> Result<Option<Verdict>, String> {
         match message {
-            FromAgent::Hello { image_config, .. } => {
-                timeline.mark(Phase::AgentUp);
-                let start = match compose(&request, image_config.as_ref()) {
-                    Ok(start) => start,
-                    Err(what) => return ours(&what),
-                };
-                dialogue.start();
-                let expected = streams::Expected::of(&start);
-                let listener = listener.take()?;
-                match streams::Streams::serve(listener, expected, timeline.clone()) {
-                    Ok(streams) => output = Some(streams),
-                    Err(error) => return ours(&format!("cannot carry the container's output: {error}")),
+            FromAgent::Hello { .. } => {
+                self.timeline.mark(Phase::AgentUp);
+                if let Opening::Boot(request) = &self.opening {
+                    self.say(&ToAgent::Begin(Box::new(request.begin()?)))?;
                 }
-                if let Err(error) = write_message(&mut writer, &ToAgent::Start(Box::new(start))) {
-                    return ours(&format!("cannot reach the agent in the guest: {error}"));
-                }
-                if let Ok(control) = writer.try_clone() {
-                    remote.set(control);
-                }
-                if request.terminal.is_some() {
-                    // It may have changed while the guest started.
-                    remote.send(&ToAgent::Resize(terminal::size()));
-                }
+            }
+            FromAgent::Image { config } => {
+                // The first word of a template's copy.
+                self.timeline.mark(Phase::AgentUp);
+                self.start(config.as_ref())?;
             }
             FromAgent::Started { pid } => log::debug!("the container runs, as process {pid} of the guest"),
+            FromAgent::Frozen => log::debug!("the container is frozen"),
+            FromAgent::Restored { streams } => {
+                self.timeline.mark(Phase::AgentUp);
+                self.resume(&streams)?;
+                if let Some(mut ready) = self.ready.take() {
+                    // Whoever asked to be told may have gone.
+                    let _ = writeln!(ready, "ready");
+                }
+            }
             FromAgent::Failed { reason, message } => {
-                return Some(Verdict::Failed(reason.exit_code(), printable(&message, LONGEST_MESSAGE)));
+                let line = printable(&message, LONGEST_MESSAGE);
+                return Ok(Some(Verdict::Failed(reason.exit_code(), line)));
             }
             FromAgent::Exited(status) => {
-                exited.store(true, Ordering::Release);
-                if let Some(output) = output.take() {
+                self.exited.store(true, Ordering::Release);
+                if let Some(output) = self.output.take() {
                     output.finish();
                 }
-                return Some(Verdict::Exited(status.exit_code()));
+                return Ok(Some(Verdict::Exited(status.exit_code())));
             }
         }
+        Ok(None)
     }
-}
 
-/// The name in `NAME=value`.
-fn variable(word: &ByteString) -> Vec<u8> {
-    word.as_bytes().split(|b| *b == b'=').next().unwrap_or_default().to_vec()
-}
-
-/// What to run: the image's own configuration, and over it what was asked for (as `docker run` combines them).
-fn compose(request: &Request, image: Option<&ByteString>) -> Result<Start, String> {
-    let image = match image {
-        Some(bytes) => {
-            ImageConfig::parse(bytes.as_bytes()).map_err(|e| format!("the image's /.vmm/image.json: {e}"))?
+    /// Says what to run, now that it is known what the image says about it.
+    fn start(&mut self, image: Option<&ByteString>) -> Result<(), String> {
+        // The dialogue allows `Image` in these two only, and once.
+        let (Opening::Boot(request) | Opening::Template(request)) = &self.opening else { return Ok(()) };
+        let Some(listener) = self.listener.take() else { return Ok(()) };
+        let start = request.start(image)?;
+        let expected = streams::Expected::of(&start);
+        let streams = streams::Streams::serve(listener, expected, self.timeline.clone());
+        self.output = Some(streams.map_err(cannot_carry)?);
+        self.say(&ToAgent::Start(Box::new(start)))?;
+        if request.terminal.is_some() {
+            // It may have changed while the guest started.
+            self.guest.send(&ToAgent::Resize(terminal::size()));
         }
-        None => ImageConfig::default(),
-    };
-    let mut token = [0; 16];
-    rustix::rand::getrandom(&mut token, rustix::rand::GetRandomFlags::empty())
-        .map_err(|e| format!("no random numbers from the host: {e}"))?;
-    let args = image.command(&request.command);
-    if args.is_empty() {
-        return Err("the image names no command of its own: say what to run after --".into());
+        Ok(())
     }
-    let mut env: Vec<ByteString> = image.env.iter().map(|word| word.as_str().into()).collect();
-    for word in &request.env {
-        // The first of a name is the one that counts, for libc and for the agent.
-        let name = variable(word);
-        env.retain(|other| variable(other) != name);
-        env.push(word.clone());
+
+    /// Goes on with the streams of a container that has lived on.
+    fn resume(&mut self, streams: &[(StreamKind, u32)]) -> Result<(), String> {
+        let Opening::Snapshot(new) = &self.opening else { return Ok(()) };
+        let Some(listener) = self.listener.take() else { return Ok(()) };
+        let carried = streams::Streams::resume(&listener, streams, new.interactive, self.timeline.clone());
+        self.output = Some(carried.map_err(cannot_carry)?);
+        if streams.iter().any(|(kind, _)| *kind == StreamKind::Terminal) {
+            self.guest.send(&ToAgent::Resize(terminal::size()));
+        }
+        Ok(())
     }
-    Ok(Start {
-        token: Token(token),
-        args,
-        env,
-        cwd: request.workdir.clone().unwrap_or_else(|| image.working_dir.as_str().into()),
-        user: request.user.clone().unwrap_or(image.user),
-        hostname: request.hostname.clone().unwrap_or_default(),
-        terminal: request.terminal,
-        stdin: request.interactive,
-        disks: request.disks.clone(),
-        network: request.network.clone(),
-        vsock: request.vsock,
-    })
+
+    fn say(&self, message: &ToAgent) -> Result<(), String> {
+        if self.guest.send(message) { Ok(()) } else { Err("cannot reach the agent in the guest".into()) }
+    }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_was_asked_for_comes_over_the_image() {
-        let image: ByteString =
-            r#"{"Cmd":["a"],"Env":["PATH=/image","A=1"],"WorkingDir":"/w","User":"1"}"#.into();
-        let request = Request { env: vec!["PATH=/mine".into(), "B=2".into()], ..Request::default() };
-        let start = compose(&request, Some(&image)).unwrap();
-        assert_eq!(start.env, ["A=1".into(), "PATH=/mine".into(), "B=2".into()] as [ByteString; 3]);
-        assert_eq!((start.cwd, start.user.as_str()), ("/w".into(), "1"));
-        assert_ne!(start.token, Token::default());
-    }
-
-    #[test]
-    fn an_image_without_a_command_needs_one() {
-        assert!(compose(&Request::default(), None).unwrap_err().contains("after --"));
-        let request = Request { command: vec!["sh".into()], ..Request::default() };
-        assert_eq!(compose(&request, None).unwrap().args, [ByteString::from("sh")]);
-    }
+fn cannot_carry(error: io::Error) -> String {
+    format!("cannot carry the container's output: {error}")
 }

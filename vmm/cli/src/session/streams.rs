@@ -93,6 +93,35 @@ impl Streams {
         Ok(Streams { done, outputs })
     }
 
+    /// Goes on with the streams of a container that has lived on in a copy of its machine: `streams` are what the agent has, each with its
+    /// port in the guest. The listener has those whose connection still stands, and nobody else is let in. Output of the others was
+    /// delivered before.
+    ///
+    /// # Errors
+    /// When the host refuses a thread.
+    pub fn resume(
+        listener: &Listener,
+        streams: &[(StreamKind, u32)],
+        stdin: bool,
+        timeline: Arc<Timeline>,
+    ) -> io::Result<Self> {
+        let (sender, done) = channel();
+        let mut outputs = 0;
+        let mut missing = streams.to_vec();
+        // They were handed over before the guest ran.
+        while !missing.is_empty()
+            && let Ok((socket, port)) = listener.accept_timeout_from(Duration::ZERO)
+        {
+            let Some(kind) = claim(&mut missing, port) else { continue };
+            if kind != StreamKind::Stdin {
+                outputs += 1;
+            }
+            let (sender, timeline) = (sender.clone(), timeline.clone());
+            spawn("stream", move || relay(kind, socket, stdin, &timeline, &sender))?;
+        }
+        Ok(Streams { done, outputs })
+    }
+
     /// Waits until all output of a container that ended was written out.
     pub fn finish(self) {
         for _ in 0..self.outputs {
@@ -124,10 +153,17 @@ fn carry(mut socket: UnixStream, shared: &Shared, done: &Sender<()>) {
     if !known {
         return;
     }
-    match header.kind {
+    relay(header.kind, socket, stdin, &shared.timeline, done);
+}
+
+/// Copies one stream to its end.
+fn relay(kind: StreamKind, socket: UnixStream, stdin: bool, timeline: &Timeline, done: &Sender<()>) {
+    match kind {
+        // Without input of ours, the container's ends.
+        StreamKind::Stdin if !stdin => return,
         StreamKind::Stdin => return input(&socket),
-        StreamKind::Stdout => output(socket, rustix::stdio::stdout(), &shared.timeline),
-        StreamKind::Stderr => output(socket, rustix::stdio::stderr(), &shared.timeline),
+        StreamKind::Stdout => output(socket, rustix::stdio::stdout(), timeline),
+        StreamKind::Stderr => output(socket, rustix::stdio::stderr(), timeline),
         StreamKind::Terminal => {
             let keys = if stdin { socket.try_clone().ok() } else { None };
             if let Some(keys) = keys
@@ -135,10 +171,16 @@ fn carry(mut socket: UnixStream, shared: &Shared, done: &Sender<()>) {
             {
                 log::error!("cannot pass on what is typed: {error}");
             }
-            output(socket, rustix::stdio::stdout(), &shared.timeline);
+            output(socket, rustix::stdio::stdout(), timeline);
         }
     }
     let _ = done.send(());
+}
+
+/// The stream whose port in the guest this is, if it is still missing; then it no longer is.
+fn claim(missing: &mut Vec<(StreamKind, u32)>, port: u32) -> Option<StreamKind> {
+    let found = missing.iter().position(|(_, theirs)| *theirs == port);
+    found.map(|index| missing.swap_remove(index).0)
 }
 
 fn header(socket: &mut UnixStream) -> Option<StreamHeader> {
@@ -210,6 +252,8 @@ fn wait_for(fd: BorrowedFd<'_>, flags: PollFlags) -> Result<(), Errno> {
 
 #[cfg(test)]
 mod tests {
+    use devices::virtio::vsock::Backend;
+
     use super::*;
 
     #[test]
@@ -225,6 +269,25 @@ mod tests {
             assert!(!expected.takes(header(token, kind)), "{kind:?}");
         }
         assert!(expected.kinds.is_empty());
+    }
+
+    #[test]
+    fn survivors_are_known_by_their_port() {
+        let mut missing = vec![(StreamKind::Stdin, 6), (StreamKind::Stdout, 7), (StreamKind::Stderr, 8)];
+        assert_eq!(claim(&mut missing, 9), None, "a connection of somebody else");
+        assert_eq!(claim(&mut missing, 8), Some(StreamKind::Stderr));
+        assert_eq!(claim(&mut missing, 8), None);
+        assert_eq!(claim(&mut missing, 6), Some(StreamKind::Stdin));
+        assert_eq!(missing, [(StreamKind::Stdout, 7)]);
+    }
+
+    #[test]
+    fn those_that_are_gone_are_not_waited_for() {
+        let listener = Backend::new().listen(protocol::STREAM_PORT).unwrap();
+        let streams = [(StreamKind::Stdout, 7), (StreamKind::Stderr, 8)];
+        let streams = Streams::resume(&listener, &streams, false, Arc::new(Timeline::default())).unwrap();
+        assert_eq!(streams.outputs, 0);
+        streams.finish();
     }
 
     #[test]

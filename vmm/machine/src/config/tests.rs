@@ -37,7 +37,7 @@ fn with(change: impl FnOnce(&mut MachineConfig)) -> MachineConfig {
 }
 
 fn net(tap: &str) -> NetConfig {
-    NetConfig { tap: tap.into(), mac: None, address: None, gateway: None }
+    NetConfig { tap: Some(tap.into()), mac: None, address: None, gateway: None }
 }
 
 #[test]
@@ -190,7 +190,7 @@ fn a_bad_description_is_named_with_its_place() {
 
 #[test]
 fn what_cannot_be_is_refused_in_one_line() {
-    let block = || DeviceConfig::Block(BlockConfig { path: "d".into(), read_only: false });
+    let block = || DeviceConfig::Block(BlockConfig { path: Some("d".into()), read_only: false });
     let table = [
         (MachineConfig::default(), "no kernel given"),
         (with(|c| c.vcpus = 0), "0 vCPUs: choose 1 to 64"),
@@ -221,7 +221,9 @@ fn what_cannot_be_is_refused_in_one_line() {
             "is reserved",
         ),
         (
-            with(|c| c.devices = vec![DeviceConfig::Block(BlockConfig { path: "".into(), read_only: true })]),
+            with(|c| {
+                c.devices = vec![DeviceConfig::Block(BlockConfig { path: Some("".into()), read_only: true })]
+            }),
             "empty path",
         ),
         (

@@ -50,7 +50,8 @@ pub struct KvmFacts {
 }
 
 /// How guest kernel code (CPL 0) runs on this host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum KernelMode {
     /// On the CPU.
     Hardware,

@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FileType, Mode, chmod, lstat};
+use rustix::fs::{FileType, Mode, fchmod, lstat};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use thiserror::Error;
@@ -51,6 +51,9 @@ impl ListeningSocket {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket =
             socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(|e| error(e.into()))?;
+        // Who may connect may enter the guest. The file that `bind` makes has the mode of the socket's own inode (and never more
+        // than the umask leaves), so there is no moment in which it had another.
+        fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(|e| error(e.into()))?;
         bind(&socket, &address).map_err(|errno| match errno {
             Errno::NOENT | Errno::NOTDIR => SocketError::NoDirectory { path: path.into() },
             Errno::ADDRINUSE => SocketError::Exists { path: path.into() },
@@ -59,8 +62,6 @@ impl ListeningSocket {
         let stat = lstat(path).map_err(|e| error(e.into()))?;
         // From here on a failure removes it.
         let bound = Self { listener: socket.into(), path: path.into(), identity: (stat.st_dev, stat.st_ino) };
-        // Who may connect may enter the guest. Nobody can connect before we listen.
-        chmod(path, Mode::RUSR | Mode::WUSR).map_err(|e| error(e.into()))?;
         listen(&bound.listener, BACKLOG).map_err(|e| error(e.into()))?;
         Ok(bound)
     }

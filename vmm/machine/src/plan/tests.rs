@@ -246,17 +246,16 @@ fn a_plan_holds_everything_and_leaves_nothing() {
     let mut config = MachineConfig::default();
     config.boot.kernel = file(dir, "vmlinux", &kernel());
     config.devices = vec![
-        DeviceConfig::Block(BlockConfig { path: root, read_only: true }),
-        DeviceConfig::Block(BlockConfig { path: data.clone(), read_only: false }),
+        DeviceConfig::Block(BlockConfig { path: Some(root), read_only: true }),
+        DeviceConfig::Block(BlockConfig { path: Some(data.clone()), read_only: false }),
         DeviceConfig::Vsock(VsockConfig { cid: 3, uds_path: Some(socket.clone()) }),
         DeviceConfig::Rng(RngConfig {}),
     ];
     let assets = Assets { initramfs: b"070701" };
-    let plan = Plan::new(&config, &host, &assets).unwrap();
+    let (plan, boot) = Plan::new(&config, &host, &assets).unwrap();
+    assert_eq!(boot.initramfs.as_deref(), Some(assets.initramfs));
     assert_eq!(plan.devices.iter().map(|slot| slot.irq).collect::<Vec<_>>(), [5, 6, 7, 9]);
-    assert!(
-        matches!(&plan.devices[1].device, PlannedDevice::Block(disk) if !disk.read_only && disk.size == 512)
-    );
+    assert!(matches!(&plan.devices[1].device, PlannedDevice::Block { medium: Some(_), read_only: false }));
     assert!(socket.exists() && matches!(plan.console, ConsoleOutput::None));
     refused(Plan::new(&config, &host, &assets), &data, "another machine");
     drop(plan);

@@ -10,6 +10,7 @@ use std::io;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED};
 use kvm_ioctls::VcpuFd;
@@ -18,6 +19,7 @@ use crate::controller::Event;
 use crate::host::pvm::{PvmVcpu, Trap};
 use crate::kvm::kick::Kick;
 use crate::kvm::run;
+use crate::metrics::{ExitCounters, Reason, VcpuMetrics};
 use crate::timeline::{Phase, Timeline};
 use exit::{Buses, Flow, dispatch};
 
@@ -39,6 +41,10 @@ struct Gate {
 
 struct Orders {
     order: Order,
+    /// The vCPU waits here, and KVM holds its whole state: nothing of its last exit is left to be completed.
+    at_rest: bool,
+    /// To be done by a vCPU at rest.
+    job: Option<Job>,
     /// Somebody asks whether the vCPU can ever run again.
     asked: bool,
     /// The answer: it is halted with interrupts off, or was never started.
@@ -50,6 +56,9 @@ impl Gate {
         self.orders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+/// Work on a vCPU at rest, on its own thread.
+type Job = Box<dyn FnOnce(&mut Vcpu) + Send>;
 
 /// A vCPU, with all that its thread needs.
 pub struct Vcpu {
@@ -73,10 +82,12 @@ impl Vcpu {
     /// # Errors
     /// Those of thread creation, and of [`Kick::for_this_thread`].
     pub fn spawn(self) -> io::Result<VcpuThread> {
-        let orders = Orders { order: Order::Pause, asked: false, asleep: false };
+        let orders = Orders { order: Order::Pause, at_rest: true, job: None, asked: false, asleep: false };
         let gate = Arc::new(Gate { orders: Mutex::new(orders), changed: Condvar::new() });
         let (ready, kick) = std::sync::mpsc::sync_channel(1);
         let theirs = gate.clone();
+        let (id, exits) = (self.id, Arc::new(ExitCounters::default()));
+        let counted = exits.clone();
         let thread = std::thread::Builder::new().name(format!("vcpu{}", self.id)).spawn(move || {
             let kick = Kick::for_this_thread(&self.fd).map(Arc::new);
             let failed = kick.is_err();
@@ -85,14 +96,14 @@ impl Vcpu {
                 return;
             }
             if let Some(kick) = ours {
-                self.run(&theirs, &kick);
+                self.run(&theirs, &kick, &counted);
             }
         })?;
         let kick = kick.recv().map_err(|_| io::ErrorKind::BrokenPipe)??;
-        Ok(VcpuThread { gate, kick, thread: Some(thread) })
+        Ok(VcpuThread { gate, kick, id, exits, thread: Some(thread) })
     }
 
-    fn run(mut self, gate: &Gate, kick: &Kick) {
+    fn run(mut self, gate: &Gate, kick: &Kick, exits: &ExitCounters) {
         let mut first = true;
         loop {
             kick.heard();
@@ -103,10 +114,23 @@ impl Vcpu {
                     gate.changed.notify_all();
                 }
                 match orders.order {
-                    Order::Run => {}
+                    Order::Run => orders.at_rest = false,
                     Order::Stop => return,
+                    Order::Pause if orders.at_rest => {
+                        match orders.job.take() {
+                            Some(job) => {
+                                drop(orders);
+                                job(&mut self);
+                            }
+                            None => drop(gate.changed.wait(orders).unwrap_or_else(PoisonError::into_inner)),
+                        }
+                        continue;
+                    }
                     Order::Pause => {
-                        drop(gate.changed.wait(orders).unwrap_or_else(PoisonError::into_inner));
+                        drop(orders);
+                        self.come_to_rest(exits);
+                        gate.lock().at_rest = true;
+                        gate.changed.notify_all();
                         continue;
                     }
                 }
@@ -115,7 +139,7 @@ impl Vcpu {
                 self.timeline.mark(Phase::FirstRun);
             }
             let event = loop {
-                match self.step() {
+                match self.step(exits) {
                     Flow::Continue => {}
                     Flow::Interrupted => break None,
                     Flow::Reset => break Some(Event::Reset),
@@ -136,17 +160,43 @@ impl Vcpu {
         }
     }
 
+    /// Has KVM complete the last exit, without entering the guest: the result of a read goes into its register, and what was
+    /// changed by way of the shared page into the vCPU. An access in several pieces comes back with the next of them.
+    fn come_to_rest(&mut self, exits: &ExitCounters) {
+        loop {
+            self.fd.set_kvm_immediate_exit(1);
+            match self.step(exits) {
+                Flow::Continue => {}
+                Flow::Interrupted => break,
+                Flow::Reset => {
+                    let _ = self.events.send(Event::Reset);
+                    break;
+                }
+                Flow::Fatal(reason) => {
+                    let _ = self.events.send(Event::Fatal { vcpu: self.id, reason });
+                    break;
+                }
+            }
+        }
+        self.fd.set_kvm_immediate_exit(0);
+    }
+
     /// Enters the guest once, and serves the exit.
-    fn step(&mut self) -> Flow {
+    fn step(&mut self, exits: &ExitCounters) -> Flow {
         let exit = run::run(&mut self.fd);
+        let (reason, since) = (Reason::of(&exit), Instant::now());
         if self.id == 0 && !matches!(exit, run::Exit::Interrupted) {
             self.timeline.mark(Phase::KernelEntered);
         }
-        if let (Some(pvm), Some(trap)) = (&mut self.pvm, Trap::of(&exit)) {
-            let flow: Option<Flow> = pvm.serve(&mut self.fd, trap).into();
-            return flow.unwrap_or_else(|| dispatch(run::last_exit(&mut self.fd), &self.buses));
-        }
-        dispatch(exit, &self.buses)
+        let flow = match (&mut self.pvm, Trap::of(&exit)) {
+            (Some(pvm), Some(trap)) => {
+                let flow: Option<Flow> = pvm.serve(&mut self.fd, trap).into();
+                flow.unwrap_or_else(|| dispatch(run::last_exit(&mut self.fd), &self.buses))
+            }
+            _ => dispatch(exit, &self.buses),
+        };
+        exits.record(reason, since.elapsed());
+        flow
     }
 
     /// Where the guest is, for whoever has to find out why it cannot go on.
@@ -184,6 +234,8 @@ impl Vcpu {
 pub struct VcpuThread {
     gate: Arc<Gate>,
     kick: Arc<Kick>,
+    id: u8,
+    exits: Arc<ExitCounters>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -191,6 +243,33 @@ impl VcpuThread {
     /// Lets the vCPU run.
     pub fn resume(&self) {
         self.order(Order::Run);
+    }
+
+    /// Stops the vCPU between two instructions, without waiting for it: see [`rest`](Self::rest).
+    pub fn pause(&self) {
+        self.order(Order::Pause);
+    }
+
+    /// Waits until the vCPU, which was told to pause, is at rest.
+    pub fn rest(&self) {
+        let running = |orders: &mut Orders| orders.order == Order::Pause && !orders.at_rest;
+        drop(self.gate.changed.wait_while(self.gate.lock(), running));
+    }
+
+    /// Does `job` on the thread of a vCPU that is at rest, and returns its result; `None` when the vCPU has stopped for good.
+    pub fn call<T: Send + 'static>(&self, job: impl FnOnce(&mut Vcpu) -> T + Send + 'static) -> Option<T> {
+        let (sender, result) = std::sync::mpsc::sync_channel(1);
+        {
+            let mut orders = self.gate.lock();
+            if orders.order != Order::Pause {
+                return None;
+            }
+            orders.job = Some(Box::new(move |vcpu| {
+                let _ = sender.send(job(vcpu));
+            }));
+        }
+        self.gate.changed.notify_all();
+        result.recv().ok()
     }
 
     /// Asks the vCPU whether it can ever run again. The answer is there when [`is_asleep`](Self::is_asleep) is called later.
@@ -206,6 +285,11 @@ impl VcpuThread {
     /// The vCPU's last answer to [`ask`](Self::ask).
     pub fn is_asleep(&self) -> bool {
         self.gate.lock().asleep
+    }
+
+    /// What the vCPU came back for until now, and how long that took.
+    pub fn metrics(&self) -> VcpuMetrics {
+        self.exits.read(self.id)
     }
 
     /// Tells the vCPU to stop, without waiting for it.

@@ -6,6 +6,7 @@
 //! Sources: Intel SDM vol. 2, CPUID; AMD APM vol. 3, appendix E; KVM's Documentation/virt/kvm/x86/cpuid.rst.
 
 mod emulated;
+pub mod features;
 
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 

@@ -4,6 +4,11 @@
 
 use kvm_bindings::kvm_msr_entry;
 
+/// The time-stamp counter (IA32_TIME_STAMP_COUNTER).
+pub const TSC: u32 = 0x10;
+/// When the local APIC's timer fires, by that counter (IA32_TSC_DEADLINE).
+pub const TSC_DEADLINE: u32 = 0x6e0;
+
 const MSR_IA32_SYSENTER_CS: u32 = 0x174;
 const MSR_IA32_SYSENTER_ESP: u32 = 0x175;
 const MSR_IA32_SYSENTER_EIP: u32 = 0x176;

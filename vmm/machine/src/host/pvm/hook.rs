@@ -7,7 +7,8 @@ use std::sync::{Mutex, Once, PoisonError};
 
 use devices::GuestMemory;
 use kvm_bindings::{kvm_regs, kvm_sregs};
-use vm_memory::{Bytes, GuestAddress};
+use serde::{Deserialize, Serialize};
+use vm_memory::Bytes;
 
 use crate::vcpu::paging::{self, Access};
 
@@ -21,12 +22,12 @@ const NOP: u8 = 0x90;
 const PAGE_FAULT: u64 = 14;
 
 /// Where the hook is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Place {
     /// Virtual address of the handler.
     pub handler: u64,
     /// Where its first byte lies in guest memory.
-    pub physical: GuestAddress,
+    pub physical: u64,
     /// What stood there before.
     pub original: [u8; 4],
 }
@@ -36,6 +37,16 @@ pub struct Place {
 pub struct Hook(Mutex<Option<Place>>);
 
 impl Hook {
+    /// Where the hook is, for a snapshot.
+    pub fn place(&self) -> Option<Place> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A hook that is in place already, in memory that was saved with it.
+    pub fn restored(place: Option<Place>) -> Self {
+        Hook(Mutex::new(place))
+    }
+
     /// Whether the vCPU, having just written to [`PORT`], did so in the hook: in kernel mode, right behind its first instruction.
     pub fn hit(&self, regs: &kvm_regs, sregs: &kvm_sregs) -> bool {
         let place = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -66,7 +77,7 @@ impl Hook {
             log::debug!("page-fault handler at {handler:#x} begins {found:02x?}: hooked");
             // A single write: another vCPU sees the old instruction or the new one.
             if memory.write_obj(u32::from_le_bytes(patched), physical).is_ok() {
-                *place = Some(Place { handler, physical, original: found });
+                *place = Some(Place { handler, physical: physical.0, original: found });
             }
         }
     }
@@ -102,6 +113,8 @@ fn patch(found: [u8; 4]) -> Option<[u8; 4]> {
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::GuestAddress;
+
     use super::*;
 
     #[test]

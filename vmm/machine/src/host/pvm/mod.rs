@@ -37,6 +37,7 @@ use kvm_bindings::{
     kvm_enable_cap, kvm_msr_entry, kvm_regs,
 };
 use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, SyncReg, VcpuFd, VmFd};
+use serde::{Deserialize, Serialize};
 
 use crate::kvm::run::{self, Exit, MAX_INSTRUCTION};
 use crate::vcpu::exit::{Flow, hex};
@@ -59,6 +60,13 @@ enum Exception {
     GeneralProtection = 13,
 }
 
+/// What a snapshot carries of the measures, beside each vCPU's [`syscall::Entry`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PvmState {
+    hook: Option<hook::Place>,
+    confirmed: bool,
+}
+
 /// What all vCPUs of one VM share.
 pub struct Pvm {
     memory: Arc<GuestMemory>,
@@ -68,11 +76,15 @@ pub struct Pvm {
 }
 
 impl Pvm {
-    /// Switches the measures on for `vm`, before it has vCPUs.
+    /// Switches the measures on for `vm`, before it has vCPUs. With `state`, its memory is that of a snapshot.
     ///
     /// # Errors
     /// Those of `KVM_ENABLE_CAP` and `KVM_X86_SET_MSR_FILTER`.
-    pub fn enable(vm: &VmFd, memory: Arc<GuestMemory>) -> Result<Arc<Self>, kvm_ioctls::Error> {
+    pub fn enable(
+        vm: &VmFd,
+        memory: Arc<GuestMemory>,
+        state: Option<PvmState>,
+    ) -> Result<Arc<Self>, kvm_ioctls::Error> {
         let capability =
             |cap, arg: u32| kvm_enable_cap { cap, args: [arg.into(), 0, 0, 0], ..Default::default() };
         vm.enable_cap(&capability(KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1))?;
@@ -86,7 +98,14 @@ impl Pvm {
             bitmap: &bitmap,
         };
         vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &[writes])?;
-        Ok(Arc::new(Pvm { memory, hook: Hook::default(), confirmed: AtomicBool::new(false) }))
+        let state = state.unwrap_or(PvmState { hook: None, confirmed: false });
+        let confirmed = AtomicBool::new(state.confirmed);
+        Ok(Arc::new(Pvm { memory, hook: Hook::restored(state.hook), confirmed }))
+    }
+
+    /// What a snapshot must carry.
+    pub fn save(&self) -> PvmState {
+        PvmState { hook: self.hook.place(), confirmed: self.confirmed.load(Ordering::Relaxed) }
     }
 }
 
@@ -155,12 +174,17 @@ pub struct PvmVcpu {
 }
 
 impl PvmVcpu {
-    /// Prepares `vcpu`.
-    pub fn new(vm: Arc<Pvm>, vcpu: &mut VcpuFd) -> Self {
+    /// Prepares `vcpu`, whose system calls go to `entry` if it was saved with one.
+    pub fn new(vm: Arc<Pvm>, vcpu: &mut VcpuFd, entry: Option<syscall::Entry>) -> Self {
         // Registers come with every exit, instead of by two more system calls.
         vcpu.set_sync_valid_reg(SyncReg::Register);
         vcpu.set_sync_valid_reg(SyncReg::SystemRegister);
-        PvmVcpu { vm, entry: syscall::Entry::default(), retries: 0 }
+        PvmVcpu { vm, entry: entry.unwrap_or_default(), retries: 0 }
+    }
+
+    /// Where the vCPU's system calls go: a restore by `KVM_SET_MSRS` passes the filter by, so that nobody else would know.
+    pub fn entry(&self) -> syscall::Entry {
+        self.entry
     }
 
     /// Deals with `trap`, or leaves it to the devices.

@@ -10,7 +10,7 @@ use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use crate::vcpu::paging::{self, Access};
 
 /// The registers that say where `SYSCALL` goes.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Entry {
     /// Selectors (0xC0000081).
     pub star: u64,

@@ -1,0 +1,348 @@
+//! A snapshot's directory: written beside its place and moved there whole, and opened again with suspicion.
+//!
+//! Somebody may pull the plug at any moment: until the last step the directory has another name, and an older snapshot of the
+//! same name stays as it was. What a killed vmm left behind is removed by the next that writes there.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
+use rustix::io::Errno;
+
+use super::manifest::{Fault, HostKind, MAX_BYTES, Manifest, Parent};
+use super::{MachineState, SnapshotError, memory};
+
+/// File names.
+pub const MANIFEST: &str = "manifest";
+const STATE: &str = "state";
+const MEMORY: &str = "memory";
+const LOCK: &str = "lock";
+/// Longest `state`: vsock may have 64 MiB of a guest's bytes in its buffers.
+const MAX_STATE: u64 = 256 << 20;
+/// Most diffs in a row.
+const MAX_CHAIN: usize = 32;
+
+/// A snapshot that is being written. Dropping it removes what there is.
+#[derive(Debug)]
+pub struct Draft {
+    target: PathBuf,
+    partial: PathBuf,
+    /// Locked for as long as this lives: a partial directory whose lock is free is nobody's.
+    _lock: File,
+    done: bool,
+}
+
+fn failed(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> SnapshotError {
+    move |source| SnapshotError::Io { path: path.into(), what, source }
+}
+
+impl Draft {
+    /// Begins a snapshot that will be at `target`: a path where nothing is, an empty directory, or an older snapshot, which it then
+    /// takes the place of.
+    ///
+    /// # Errors
+    /// When something else is there, or the file system refuses.
+    pub fn create(target: &Path) -> Result<Self, SnapshotError> {
+        let target = std::path::absolute(target).map_err(failed(target, "cannot be placed"))?;
+        if occupied(&target).map_err(failed(&target, "cannot be looked at"))? {
+            return Err(SnapshotError::Occupied { path: target });
+        }
+        let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else {
+            return Err(SnapshotError::Occupied { path: target });
+        };
+        let name = name.to_string_lossy();
+        fs::create_dir_all(parent).map_err(failed(&target, "cannot make the directory above"))?;
+        let prefix = format!(".{name}.partial-");
+        remove_abandoned(parent, &prefix);
+        let partial = parent.join(format!("{prefix}{}-{}", std::process::id(), unique()));
+        let made = fs::DirBuilder::new().mode(0o700).create(&partial);
+        made.map_err(failed(&target, "cannot make its directory"))?;
+        let lock = create(&partial.join(LOCK)).and_then(|lock| {
+            flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
+            Ok(lock)
+        });
+        match lock {
+            Ok(lock) => Ok(Draft { target, partial, _lock: lock, done: false }),
+            Err(error) => {
+                let _ = fs::remove_dir_all(&partial);
+                Err(failed(&target, "cannot lock its directory")(error))
+            }
+        }
+    }
+
+    /// Where it will be.
+    pub fn target(&self) -> &Path {
+        &self.target
+    }
+
+    /// Where it is now.
+    pub fn path(&self) -> &Path {
+        &self.partial
+    }
+
+    /// The file for guest memory.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn memory(&self) -> Result<File, SnapshotError> {
+        create(&self.partial.join(MEMORY)).map_err(failed(&self.target, "cannot make the file for memory"))
+    }
+
+    /// Writes the state, and says how it is to be known again.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn state(&self, state: &MachineState) -> Result<super::manifest::StateFile, SnapshotError> {
+        let encode =
+            |e: postcard::Error| SnapshotError::Device(format!("the state cannot be written down: {e}"));
+        let bytes = postcard::to_stdvec(state).map_err(encode)?;
+        self.write(STATE, &bytes).map_err(failed(&self.target, "cannot write the state"))?;
+        Ok(super::manifest::StateFile { bytes: bytes.len() as u64, crc: crc32fast::hash(&bytes) })
+    }
+
+    /// Writes the manifest and moves everything to its place. What is on disk then is whole, whatever happens.
+    ///
+    /// # Errors
+    /// Those of the file system; nothing is left of the snapshot then, and an older one is as it was.
+    pub fn commit(mut self, manifest: &Manifest) -> Result<(), SnapshotError> {
+        self.place(manifest).map_err(failed(&self.target, "cannot be put in its place"))?;
+        self.done = true;
+        Ok(())
+    }
+
+    fn place(&self, manifest: &Manifest) -> io::Result<()> {
+        self.write(MANIFEST, &manifest.encode())?;
+        for entry in fs::read_dir(&self.partial)? {
+            File::open(entry?.path())?.sync_all()?;
+        }
+        File::open(&self.partial)?.sync_all()?;
+        match renameat_with(CWD, &self.partial, CWD, &self.target, RenameFlags::NOREPLACE) {
+            Ok(()) => fs::remove_file(self.target.join(LOCK))?,
+            Err(Errno::EXIST) => {
+                if occupied(&self.target)? {
+                    return Err(Errno::EXIST.into());
+                }
+                renameat_with(CWD, &self.partial, CWD, &self.target, RenameFlags::EXCHANGE)?;
+                fs::remove_file(self.target.join(LOCK))?;
+                fs::remove_dir_all(&self.partial)?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+        self.target.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+    }
+
+    fn write(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        io::Write::write_all(&mut create(&self.partial.join(name))?, bytes)
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if !self.done {
+            let _ = fs::remove_dir_all(&self.partial);
+        }
+    }
+}
+
+fn create(path: &Path) -> io::Result<File> {
+    fs::OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)
+}
+
+/// Whether something is at `target` that is neither a snapshot nor an empty directory.
+fn occupied(target: &Path) -> io::Result<bool> {
+    match fs::symlink_metadata(target) {
+        Ok(found) if !found.is_dir() => Ok(true),
+        Ok(_) => Ok(!target.join(MANIFEST).exists() && fs::read_dir(target)?.next().is_some()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Removes directories that a killed vmm was writing.
+fn remove_abandoned(parent: &Path, prefix: &str) {
+    let Ok(entries) = fs::read_dir(parent) else { return };
+    for entry in entries.flatten().filter(|e| e.file_name().to_string_lossy().starts_with(prefix)) {
+        let abandoned = match File::open(entry.path().join(LOCK)) {
+            Ok(lock) => flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok(),
+            // Not locked yet, or not ours.
+            Err(_) => false,
+        };
+        if abandoned {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+fn unique() -> u32 {
+    static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+    NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
+}
+
+/// A snapshot that was opened: it is what it says, and can be restored on this host as far as can be told.
+pub struct Loaded {
+    /// Where it is.
+    pub directory: PathBuf,
+    /// What it is.
+    pub manifest: Manifest,
+    /// Its state.
+    pub state: MachineState,
+    /// Its memory and that of its parents, the oldest first. Only the first has all pages.
+    pub memory: Vec<Layer>,
+}
+
+/// One memory file.
+pub struct Layer {
+    /// The file.
+    pub file: File,
+    /// Which of its pages count; `None` for all.
+    pub pages: Option<Vec<memory::Run>>,
+}
+
+/// Reads what the snapshot in `directory` says of itself.
+///
+/// # Errors
+/// When there is none, or its manifest is not one that this vmm reads.
+pub fn manifest(directory: &Path) -> Result<Manifest, SnapshotError> {
+    let bytes = match read(directory, MANIFEST, MAX_BYTES) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(SnapshotError::None { path: directory.into() });
+        }
+        Err(error) => return Err(failed(directory, "cannot read its manifest")(error)),
+    };
+    Manifest::decode(&bytes).map_err(|fault| match fault {
+        Fault::Version(found) => SnapshotError::Version { path: directory.into(), found },
+        Fault::Damaged(fault) => SnapshotError::Damaged { path: directory.into(), file: MANIFEST, fault },
+    })
+}
+
+impl Loaded {
+    /// Opens the snapshot in `directory` on a host of the kind `here`.
+    ///
+    /// # Errors
+    /// [`SnapshotError`], with the reason.
+    pub fn open(directory: &Path, here: &HostKind) -> Result<Self, SnapshotError> {
+        let manifest = manifest(directory)?;
+        if let Some(reason) = manifest.host.unfit(here) {
+            return Err(SnapshotError::Unfit { path: directory.into(), reason });
+        }
+        let (state, layer) = open_layer(directory, &manifest)?;
+        let mut memory = vec![layer];
+        let mut parent = manifest.parent.clone();
+        while let Some(Parent { id, directory: above }) = parent {
+            if memory.len() == MAX_CHAIN {
+                let reason = format!("it has more than {MAX_CHAIN} parents");
+                return Err(SnapshotError::Unfit { path: directory.into(), reason });
+            }
+            let found = self::manifest(&above)?;
+            if found.id != id || found.memory.size != manifest.memory.size {
+                let reason = format!("its parent is no longer in {}", above.display());
+                return Err(SnapshotError::Unfit { path: directory.into(), reason });
+            }
+            memory.push(open_layer(&above, &found)?.1);
+            parent = found.parent;
+        }
+        memory.reverse();
+        let whole = memory.first().is_some_and(|layer| layer.pages.is_none());
+        let diffs = memory.iter().skip(1).all(|layer| layer.pages.is_some());
+        if !whole || !diffs || manifest.config.memory.size.bytes() != manifest.memory.size {
+            return Err(damaged(directory, MANIFEST, "its memory is not complete"));
+        }
+        if state.vcpus.len() != usize::from(manifest.config.vcpus)
+            || state.devices.len() != manifest.config.devices.len()
+        {
+            return Err(damaged(directory, STATE, "it is of another machine"));
+        }
+        Ok(Loaded { directory: directory.into(), manifest, state, memory })
+    }
+
+    /// Reads all of the memory files, and compares them with their checksums. Takes a while.
+    ///
+    /// # Errors
+    /// When one differs.
+    pub fn verify(&self) -> Result<(), SnapshotError> {
+        let size = self.manifest.memory.size;
+        let Some(layer) = self.memory.last() else { return Ok(()) };
+        // A diff may have pages of zeros, which count; they come up only where its list is walked.
+        if layer.pages.is_some() {
+            return Ok(());
+        }
+        let crc =
+            memory::checksum(&layer.file, size).map_err(failed(&self.directory, "cannot read its memory"))?;
+        if crc == self.manifest.memory.crc {
+            return Ok(());
+        }
+        Err(damaged(&self.directory, MEMORY, "its checksum is wrong"))
+    }
+}
+
+fn damaged(path: &Path, file: &'static str, fault: &str) -> SnapshotError {
+    SnapshotError::Damaged { path: path.into(), file, fault: fault.into() }
+}
+
+fn open_layer(directory: &Path, manifest: &Manifest) -> Result<(MachineState, Layer), SnapshotError> {
+    let bytes =
+        read(directory, STATE, MAX_STATE).map_err(failed(directory, "cannot read the file called state"))?;
+    if bytes.len() as u64 != manifest.state.bytes || crc32fast::hash(&bytes) != manifest.state.crc {
+        return Err(damaged(directory, STATE, "its length or checksum is not what the manifest says"));
+    }
+    let state: MachineState =
+        postcard::from_bytes(&bytes).map_err(|e| damaged(directory, STATE, &e.to_string()))?;
+    let file = open(&directory.join(MEMORY)).map_err(failed(directory, "cannot open its memory"))?;
+    let belongs = memory::belongs(&file, manifest.id, manifest.memory.size);
+    if !belongs.map_err(failed(directory, "cannot read its memory"))? {
+        return Err(damaged(directory, MEMORY, "it has another length, or is another snapshot's"));
+    }
+    if state.changed.is_some() != manifest.parent.is_some() {
+        return Err(damaged(directory, STATE, "it does not say which pages it has"));
+    }
+    let pages = state.changed.clone();
+    Ok((state, Layer { file, pages }))
+}
+
+/// Opens a regular file and nothing else: a pipe in its place must not hold us up.
+fn open(path: &Path) -> io::Result<File> {
+    let file = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW | libc::O_CLOEXEC)
+        .open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    Ok(file)
+}
+
+fn read(directory: &Path, name: &str, most: u64) -> io::Result<Vec<u8>> {
+    let file = open(&directory.join(name))?;
+    let mut bytes = Vec::new();
+    file.take(most + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > most {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "larger than any that was ever written"));
+    }
+    Ok(bytes)
+}
+
+/// Removes the snapshot in `directory`, and nothing that is not a snapshot's.
+///
+/// # Errors
+/// When it is not a snapshot, or the file system refuses.
+pub fn remove(directory: &Path) -> Result<(), SnapshotError> {
+    let removing = "cannot be removed";
+    if !directory.join(MANIFEST).is_file() {
+        return Err(SnapshotError::None { path: directory.into() });
+    }
+    let entries = fs::read_dir(directory).map_err(failed(directory, removing))?;
+    // The manifest goes first: what is left of a removal that was cut short is no snapshot any more.
+    fs::remove_file(directory.join(MANIFEST)).map_err(failed(directory, removing))?;
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let ours = [STATE, MEMORY, LOCK].iter().any(|ours| name == *ours)
+            || name.to_str().is_some_and(super::disks::is_disk_file);
+        if ours {
+            fs::remove_file(entry.path()).map_err(failed(directory, removing))?;
+        }
+    }
+    fs::remove_dir(directory).map_err(failed(directory, removing))
+}
