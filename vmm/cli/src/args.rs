@@ -36,6 +36,9 @@ pub struct Cli {
     /// What to run.
     #[command(flatten)]
     pub run: RunArgs,
+    /// Say more; twice for debugging
+    #[arg(short, long, action = ArgAction::Count, global = true)]
+    pub verbose: u8,
 }
 
 /// Other things to do.
@@ -146,9 +149,6 @@ pub struct RunArgs {
     /// Print when each stage was reached, and what guest kernel work it took, to standard error
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "text")]
     pub timing: Option<TimingFormat>,
-    /// Say more; twice for debugging
-    #[arg(short, long, action = ArgAction::Count)]
-    pub verbose: u8,
     /// Command to run in the container [default: the image's own]
     #[arg(last = true, value_name = "CMD")]
     pub command: Vec<OsString>,

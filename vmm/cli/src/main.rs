@@ -29,7 +29,7 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
-    log_line::start(cli.run.verbose);
+    log_line::start(cli.verbose);
     let before = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
         terminal::restore();
