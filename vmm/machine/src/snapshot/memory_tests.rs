@@ -82,3 +82,12 @@ fn runs_are_united() {
     let b = [run(2, 1), run(12, 1), run(14, 3), run(30, 1)];
     assert_eq!(union(&a, &b), [run(0, 3), run(10, 7), run(30, 1)]);
 }
+
+#[test]
+fn work_is_shared_out_evenly_and_in_order() {
+    let run = |start, count| Run { start, count };
+    assert_eq!(split(&[run(0, 10)], 3), [vec![run(0, 4)], vec![run(4, 4)], vec![run(8, 2)]]);
+    assert_eq!(split(&[run(0, 1), run(5, 3), run(9, 4)], 2), [vec![run(0, 1), run(5, 3)], vec![run(9, 4)]]);
+    assert_eq!(split(&[], 4), [vec![]]);
+    assert_eq!(split(&[run(7, 2)], 1), [vec![run(7, 2)]]);
+}
