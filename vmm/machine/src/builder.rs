@@ -194,6 +194,8 @@ fn assemble(
             .restore(state.serial)
             .map_err(|e| BuildError::State { slot: "the serial port".into(), cause: e.to_string() })?;
         held = Some(restore_devices(&attached, state.devices)?);
+        // A diff says where its parent is, to whoever restores it from wherever.
+        let directory = std::path::absolute(&directory).unwrap_or(directory);
         parent = Some(Parent { id: manifest.id, directory });
     }
     let vcpus: io::Result<Vec<VcpuThread>> = vcpus.into_iter().map(Vcpu::spawn).collect();

@@ -7,7 +7,7 @@ mod attach;
 mod serve;
 
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use devices::GuestMemory;
@@ -122,14 +122,13 @@ impl Machine {
     /// Lets the machine run, when it was built or is paused.
     ///
     /// # Errors
-    /// [`Refusal`] when a device cannot go on.
+    /// [`Refusal`] when a device cannot go on. The machine does, with the others: the device's driver was told.
     pub fn start(&mut self) -> Result<(), Refusal> {
-        for (device, held) in self.devices.iter().zip(self.held.take().into_iter().flatten()) {
-            device.transport.resume(held).map_err(|e| Refusal::Failed(e.to_string()))?;
-        }
+        let held = self.held.take().unwrap_or_default();
+        let outcome = resume(&self.devices, held);
         self.state = State::Running;
         self.vcpus.iter().for_each(VcpuThread::resume);
-        Ok(())
+        outcome
     }
 
     /// Runs the machine to its end, on the calling thread; a machine that was not started waits for somebody to ask that.
@@ -150,16 +149,42 @@ impl Machine {
         self.timeline.mark(Phase::Exit);
         // All at once; dropping them one by one would wait for each in turn.
         self.vcpus.iter().for_each(VcpuThread::stop);
+        // Whoever asks from now on hears that there is no machine any more, and so does whoever waits for an answer.
+        self.events = channel().1;
         ending
     }
 
-    /// Stops vCPUs between two instructions, and takes the queues out of the devices.
+    /// Stops vCPUs between two instructions, and takes the queues out of the devices. The machine runs on when it fails.
     fn pause(&mut self) -> Result<(), Refusal> {
         self.vcpus.iter().for_each(VcpuThread::pause);
         self.vcpus.iter().for_each(VcpuThread::rest);
-        let held: Result<Vec<_>, _> = self.devices.iter().map(|device| device.transport.quiesce()).collect();
-        self.held = Some(held.map_err(|e| Refusal::Failed(e.to_string()))?);
+        let mut held = Vec::with_capacity(self.devices.len());
+        for device in &self.devices {
+            match device.transport.quiesce() {
+                Ok(queues) => held.push(queues),
+                Err(error) => {
+                    // The refusal says what matters; what fails beside it is in the log.
+                    let _ = resume(&self.devices, held);
+                    self.vcpus.iter().for_each(VcpuThread::resume);
+                    return Err(Refusal::Failed(format!("cannot pause: {error}")));
+                }
+            }
+        }
+        self.held = Some(held);
         self.state = State::Paused;
         Ok(())
     }
+}
+
+/// Gives the devices the queues back that were taken from them, to every one that takes them.
+fn resume(devices: &[Attached], held: Vec<Held>) -> Result<(), Refusal> {
+    let mut outcome = Ok(());
+    for (slot, (device, held)) in devices.iter().zip(held).enumerate() {
+        if let Err(error) = device.transport.resume(held) {
+            log::error!("slot {slot} cannot go on: {error}");
+            outcome =
+                Err(Refusal::Failed(format!("the machine runs, but slot {slot} cannot go on: {error}")));
+        }
+    }
+    outcome
 }

@@ -1,6 +1,7 @@
 //! What the machine does when it is asked: one function for each [`Request`].
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::{Guest, Machine};
@@ -12,7 +13,8 @@ use crate::control::{
 use crate::controller::{Event, Watch};
 use crate::snapshot::manifest::{GuestStage, Manifest, MemoryFile, Parent};
 use crate::snapshot::{
-    Draft, MachineState, SnapshotError, SnapshotId, changes, disks, memory, vcpu::VcpuState, vm::VmState,
+    Draft, MachineState, SnapshotError, SnapshotId, chain, changes, disks, memory, vcpu::VcpuState,
+    vm::VmState,
 };
 use crate::vcpu::VcpuThread;
 
@@ -154,6 +156,8 @@ impl Machine {
     ) -> Result<SnapshotReport, Refusal> {
         self.must_be(&[State::Running, State::Paused], "running or paused")?;
         let failed = |error: SnapshotError| Refusal::Failed(error.to_string());
+        let parent =
+            if request.diff { Some(self.diff_to(&request.directory).map_err(failed)?) } else { None };
         let draft = Draft::create(&request.directory).map_err(failed)?;
         let running = self.state == State::Running;
         let mut stage = guest.stage();
@@ -166,18 +170,19 @@ impl Machine {
         }
         let since = Instant::now();
         let saved = match if running { self.pause() } else { Ok(()) } {
-            Ok(()) => self.save(&draft, request.diff, stage).map_err(failed),
+            Ok(()) => self.save(&draft, parent, stage).map_err(failed),
             Err(refusal) => Err(refusal),
         };
-        if running {
-            self.start()?;
-        }
+        // A machine that could not be paused runs already.
+        let resumed = if running && self.state == State::Paused { self.start() } else { Ok(()) };
         let pause = since.elapsed();
+        // In any case, and before anything else can fail.
         if freezes {
             guest.thaw();
         }
         // What was noted of changes is used up: after a failure only a whole snapshot has them all.
         self.parent = None;
+        resumed?;
         let (mut manifest, drafts) = saved?;
         // What takes long, to be sure that it lasts, is done while the guest runs again.
         let directory = draft.target().to_path_buf();
@@ -201,6 +206,19 @@ impl Machine {
         })
     }
 
+    /// What a diff in `directory` would be the difference to.
+    fn diff_to(&self, directory: &Path) -> Result<Parent, SnapshotError> {
+        if !self.config.memory.track_dirty {
+            let wanted = "what a diff needs was not recorded: start it with --track-dirty";
+            return Err(SnapshotError::State { now: "without a record of its writes", wanted });
+        }
+        let wanted = "take a whole snapshot first, which the diff can be the difference to";
+        let parent = self.parent.clone();
+        let parent = parent.ok_or(SnapshotError::State { now: "without a snapshot so far", wanted })?;
+        chain::check(directory, &parent)?;
+        Ok(parent)
+    }
+
     /// The pages that changed since the last snapshot, if that is recorded.
     fn take_changes(&self) -> Result<Option<Vec<memory::Run>>, SnapshotError> {
         if !self.config.memory.track_dirty {
@@ -210,11 +228,11 @@ impl Machine {
         changed.map(Some).map_err(|source| SnapshotError::Kvm { what: "tell which pages changed", source })
     }
 
-    /// Writes everything but the manifest.
+    /// Writes everything but the manifest: all of the memory, or its difference to `parent`.
     fn save(
         &mut self,
         draft: &Draft,
-        diff: bool,
+        parent: Option<Parent>,
         guest: GuestStage,
     ) -> Result<(Manifest, Vec<disks::Draft>), SnapshotError> {
         let io = |what| {
@@ -225,17 +243,9 @@ impl Machine {
         let file = draft.memory()?;
         // In any case: what was written until now is in this snapshot, and not in the next diff.
         let changed = self.take_changes()?;
-        let (changed, parent) = match (diff, changed, self.parent.clone()) {
-            (false, ..) => (None, None),
-            (true, Some(changed), Some(parent)) => (Some(changed), Some(parent)),
-            (true, None, _) => {
-                let wanted = "what a diff needs was not recorded: start it with --track-dirty";
-                return Err(SnapshotError::State { now: "without a record of its writes", wanted });
-            }
-            (true, _, None) => {
-                let wanted = "take a whole snapshot first, which the diff can be the difference to";
-                return Err(SnapshotError::State { now: "without a snapshot so far", wanted });
-            }
+        let (changed, parent) = match (changed, parent) {
+            (Some(changed), Some(parent)) => (Some(changed), Some(parent)),
+            _ => (None, None),
         };
         let saved = match &changed {
             Some(runs) => memory::save_diff(&self.memory, &file, id, runs),

@@ -21,8 +21,8 @@ const MEMORY: &str = "memory";
 const LOCK: &str = "lock";
 /// Longest `state`: vsock may have 64 MiB of a guest's bytes in its buffers.
 const MAX_STATE: u64 = 256 << 20;
-/// Most diffs in a row.
-const MAX_CHAIN: usize = 32;
+/// Most snapshots on top of each other: a whole one, and diffs.
+pub(super) const MAX_CHAIN: usize = 32;
 
 /// A snapshot that is being written. Dropping it removes what there is.
 #[derive(Debug)]

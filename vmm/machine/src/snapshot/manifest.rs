@@ -180,4 +180,4 @@ fn first_line(json: &[u8]) -> String {
 
 #[cfg(test)]
 #[path = "manifest_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -1,6 +1,7 @@
 use super::*;
 
-fn manifest() -> Manifest {
+/// One that says something everywhere.
+pub(in crate::snapshot) fn manifest() -> Manifest {
     Manifest {
         id: SnapshotId([7; 16]),
         parent: Some(Parent { id: SnapshotId([6; 16]), directory: "/above".into() }),

@@ -9,11 +9,12 @@
 //!
 //! * [`manifest`]: the first file; [`directory`]: the whole, written so that it is there or not, and opened again.
 //! * [`vcpu`], [`vm`]: KVM's state. The devices' own is in crate `devices`.
-//! * [`memory`]: guest memory. [`disks`]: what becomes of the disks.
+//! * [`memory`]: guest memory. [`disks`]: what becomes of the disks. [`chain`]: what a diff needs beneath it.
 //!
 //! The controller's thread saves, with vCPUs at rest and devices quiesced; the builder restores. **A snapshot may come from
 //! anybody**: whatever is wrong with one is refused with its reason, or is the guest's own harm.
 
+pub mod chain;
 pub mod changes;
 pub mod directory;
 pub mod disks;
