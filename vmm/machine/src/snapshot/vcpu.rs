@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error as ThisError;
 
 use crate::arch::x86_64::cpuid::features;
-use crate::arch::x86_64::msrs::{TSC, TSC_DEADLINE};
+use crate::arch::x86_64::msrs::{self, TSC, TSC_DEADLINE};
 use crate::host::pvm::syscall::Entry;
 
 /// `KVM_GET_MSRS` takes so many at a time (`MAX_IO_MSRS` in arch/x86/kvm/x86.c).
@@ -60,6 +60,10 @@ pub enum VcpuStateError {
     TscRate { saved: u32, here: u32 },
     #[error("the vCPU's state is malformed: {0}")]
     Malformed(&'static str),
+    #[error(
+        "the guest runs virtual machines itself, whose state cannot be saved: stop them, and unload its hypervisor"
+    )]
+    Nested,
     #[error("a vCPU has stopped for good")]
     Stopped,
 }
@@ -89,7 +93,7 @@ impl Registers {
         let cpuid =
             host.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("say what its vCPUs can do"))?;
         Ok(Registers {
-            msrs: list.as_slice().to_vec(),
+            msrs: msrs::to_save(list.as_slice()),
             xsave: xsave.clamp(size_of::<kvm_xsave>(), MOST_XSAVE),
             cpuid: if emulated {
                 features::with_processors(cpuid.as_slice())
@@ -108,15 +112,21 @@ impl VcpuState {
     pub fn save(vcpu: &VcpuFd, registers: &Registers, entry: Option<Entry>) -> Result<Self, VcpuStateError> {
         // First, since it may make KVM accept events that show in what follows.
         let mp_state = vcpu.get_mp_state().map_err(kvm("tell a vCPU's run state"))?;
+        let sregs = vcpu.get_sregs().map_err(kvm("tell a vCPU's system registers"))?;
+        if is_hypervisor(&sregs) {
+            return Err(VcpuStateError::Nested);
+        }
         Ok(VcpuState {
             mp_state,
             regs: vcpu.get_regs().map_err(kvm("tell a vCPU's registers"))?,
-            sregs: vcpu.get_sregs().map_err(kvm("tell a vCPU's system registers"))?,
+            sregs,
             xsave: save_xsave(vcpu, registers.xsave)?,
             xcrs: vcpu.get_xcrs().map_err(kvm("tell a vCPU's extended control registers"))?,
             debug: vcpu.get_debug_regs().map_err(kvm("tell a vCPU's debug registers"))?,
-            lapic: vcpu.get_lapic().map_err(kvm("tell a vCPU's interrupt controller"))?,
+            // Before the interrupt controller: a deadline that passes in between then comes twice, which is harmless, and not
+            // never.
             msrs: save_msrs(vcpu, &registers.msrs)?,
+            lapic: vcpu.get_lapic().map_err(kvm("tell a vCPU's interrupt controller"))?,
             cpuid: vcpu
                 .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
                 .map_err(kvm("tell what a vCPU shows"))?
@@ -171,6 +181,11 @@ impl VcpuState {
     }
 }
 
+/// Whether the vCPU has VMX or SVM switched on (CR4.VMXE, EFER.SVME).
+fn is_hypervisor(sregs: &kvm_sregs) -> bool {
+    sregs.cr4 & 1 << 13 != 0 || sregs.efer & 1 << 12 != 0
+}
+
 fn save_xsave(vcpu: &VcpuFd, size: usize) -> Result<Vec<u32>, VcpuStateError> {
     let refused = kvm("tell a vCPU's floating-point registers");
     if size <= size_of::<kvm_xsave>() {
@@ -213,10 +228,10 @@ fn save_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, VcpuS
         let (now, later) = rest.split_at(rest.len().min(MOST_MSRS));
         let entries: Vec<_> =
             now.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
-        let mut msrs =
+        let mut told =
             Msrs::from_entries(&entries).map_err(|_| VcpuStateError::Malformed("too many registers"))?;
-        let count = vcpu.get_msrs(&mut msrs).map_err(kvm("tell a vCPU's model-specific registers"))?;
-        saved.extend(msrs.as_slice().iter().take(count));
+        let count = vcpu.get_msrs(&mut told).map_err(kvm("tell a vCPU's model-specific registers"))?;
+        saved.extend(told.as_slice().iter().take(count).filter(|entry| !msrs::is_at_reset(entry)));
         // KVM stops at one that this vCPU does not have: leave that out.
         rest = if count < now.len() { rest.get(count + 1..).unwrap_or_default() } else { later };
     }
@@ -255,3 +270,7 @@ fn read_msr(vcpu: &VcpuFd, index: u32) -> Option<u64> {
     let count = vcpu.get_msrs(&mut msrs).ok()?;
     msrs.as_slice().first().filter(|_| count == 1).map(|entry| entry.data)
 }
+
+#[cfg(test)]
+#[path = "vcpu_tests.rs"]
+mod tests;

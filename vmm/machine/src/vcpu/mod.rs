@@ -129,6 +129,8 @@ impl Vcpu {
                     Order::Pause => {
                         drop(orders);
                         self.come_to_rest(exits);
+                        // A guest that asked for it hears that it stood still, and does not take that for a lock-up.
+                        let _ = self.fd.kvmclock_ctrl();
                         gate.lock().at_rest = true;
                         gate.changed.notify_all();
                         continue;

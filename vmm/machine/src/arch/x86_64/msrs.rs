@@ -1,6 +1,6 @@
 //! Model-specific registers as a firmware would leave them for the kernel: the few whose value at reset does not serve.
 //!
-//! The builder sets them on every vCPU with `KVM_SET_MSRS` before the guest runs.
+//! The builder sets them on every vCPU with `KVM_SET_MSRS` before the guest runs. A snapshot has them all, and more: [`to_save`].
 
 use kvm_bindings::kvm_msr_entry;
 
@@ -49,6 +49,33 @@ pub fn at_reset() -> Vec<kvm_msr_entry> {
     .to_vec()
 }
 
+/// Registers that `KVM_GET_MSR_INDEX_LIST` leaves out, since it lists only what differs between processors or is KVM's own
+/// (arch/x86/kvm/x86.c): memory types (MTRRs, SDM vol. 3, 13.11) and the banks of machine checks (17.3.2).
+const NOT_LISTED: [std::ops::RangeInclusive<u32>; 6] = [
+    // Variable ranges; fixed ranges of 64, 16 and 4 KiB; what holds elsewhere.
+    0x200..=0x20f,
+    0x250..=0x250,
+    0x258..=0x259,
+    0x268..=0x26f,
+    MSR_IA32_MTRR_DEF_TYPE..=MSR_IA32_MTRR_DEF_TYPE,
+    // Control, status, address and more of each of the 32 banks that KVM gives a vCPU.
+    0x400..=0x47f,
+];
+/// Hyper-V's. KVM lists them for every vCPU; no machine of ours shows its guest that it has them, and to write them, zeros even, has KVM
+/// make room for all of that.
+const HYPER_V: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_10ff;
+
+/// What a snapshot has of a vCPU whose KVM lists `listed`.
+pub fn to_save(listed: &[u32]) -> Vec<u32> {
+    let more = NOT_LISTED.into_iter().flatten().filter(|index| !listed.contains(index));
+    listed.iter().copied().filter(|index| !HYPER_V.contains(index)).chain(more).collect()
+}
+
+/// Whether a snapshot can do without `entry`: a fresh vCPU has zeros in what KVM does not list.
+pub fn is_at_reset(entry: &kvm_msr_entry) -> bool {
+    entry.data == 0 && NOT_LISTED.iter().any(|range| range.contains(&entry.index))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -62,5 +89,22 @@ mod tests {
         assert_eq!(indices.len(), list.len());
         let value = |index| list.iter().find(|entry| entry.index == index).unwrap().data;
         assert_eq!((value(0x1a0), value(0x2ff), value(0x277)), (1, 0x806, 0x0007_0406_0007_0406));
+    }
+
+    #[test]
+    fn a_snapshot_has_what_kvm_lists_and_leaves_out() {
+        let saved = to_save(&[TSC, MSR_IA32_CR_PAT, 0x4000_0020, 0x4b56_4d00, 0x401]);
+        for index in [TSC, MSR_IA32_CR_PAT, 0x4b56_4d00, 0x200, 0x20f, 0x250, 0x26f, 0x2ff, 0x400, 0x47f] {
+            assert!(saved.contains(&index), "{index:#x}");
+        }
+        assert!(!saved.contains(&0x4000_0020));
+        let mut once = saved.clone();
+        once.sort_unstable();
+        once.dedup();
+        assert_eq!(once.len(), saved.len());
+        // What a firmware sets comes back too.
+        assert!(at_reset().iter().all(|entry| !is_at_reset(entry)));
+        assert!(is_at_reset(&kvm_msr_entry { index: 0x401, ..Default::default() }));
+        assert!(!is_at_reset(&kvm_msr_entry { index: TSC, ..Default::default() }));
     }
 }
