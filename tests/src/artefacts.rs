@@ -8,11 +8,14 @@ pub fn workspace() -> PathBuf {
     tests.parent().unwrap_or(tests).to_path_buf()
 }
 
+/// Where cargo builds.
+pub fn target() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
+}
+
 /// The `vmm` binary.
 pub fn vmm() -> PathBuf {
-    let target =
-        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from);
-    let path = std::env::var_os("VMM_BIN").map_or_else(|| target.join("release/vmm"), PathBuf::from);
+    let path = std::env::var_os("VMM_BIN").map_or_else(|| target().join("release/vmm"), PathBuf::from);
     existing(path, "./scripts/setup")
 }
 

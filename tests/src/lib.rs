@@ -4,6 +4,7 @@
 //! * [`Vmm`] builds a command line and runs it; [`Ended`] is what came of it, [`Running`] one that still runs.
 //! * [`artefacts`] knows where the binary, the kernels and the images are, and who makes them.
 //! * [`kernel`] makes kernels of a few instructions, and bzImages that are broken in a chosen way.
+//! * [`templates`]: guests start from templates unless they are to be [cold](Vmm::cold).
 //! * [`TapNetwork`] is a network namespace with a TAP in it; [`Terminal`] a pseudo-terminal; [`image`] packs directories.
 //!
 //! A test that needs KVM begins with [`require_kvm!`]. Where it is not to be had the test says that it was skipped, and with
@@ -15,6 +16,7 @@ pub mod kernel;
 mod network;
 mod process;
 pub mod require;
+pub mod templates;
 mod terminal;
 mod vmm;
 

@@ -2,19 +2,31 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
-use std::path::Path;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use crate::{Ended, Running, Terminal, artefacts};
+use crate::{Ended, Running, Terminal, artefacts, templates};
 
 /// How long a run may take. Nothing should come near it: hosts that emulate kernel mode boot in seconds, other work on
 /// the machine makes that a minute.
 const LIMIT: Duration = Duration::from_secs(300);
 
+/// Where its guest comes from.
+#[derive(Clone)]
+enum Start {
+    /// From a template of [`templates::store`], which is there when it starts: so nothing is said of it.
+    Prepared,
+    /// As a person starts it, from this store: who comes first builds the template.
+    From(PathBuf),
+    /// It boots.
+    Cold,
+}
+
 /// A command line of `vmm`.
 #[derive(Clone)]
 pub struct Vmm {
+    start: Start,
     before: Vec<OsString>,
     args: Vec<OsString>,
     command: Vec<OsString>,
@@ -26,7 +38,14 @@ impl Vmm {
     /// `vmm`, and no flags.
     #[allow(clippy::new_without_default, reason = "there is nothing default about it")]
     pub fn new() -> Self {
-        Vmm { before: Vec::new(), args: Vec::new(), command: Vec::new(), stdin: Vec::new(), limit: LIMIT }
+        Vmm {
+            start: Start::Prepared,
+            before: Vec::new(),
+            args: Vec::new(),
+            command: Vec::new(),
+            stdin: Vec::new(),
+            limit: LIMIT,
+        }
     }
 
     /// With a kernel, and no root file system.
@@ -47,6 +66,23 @@ impl Vmm {
     /// An ordinary VM that starts the init of `image`.
     pub fn init(image: &Path) -> Self {
         Self::kernel(artefacts::vmlinux()).arg("--rootfs").arg(image).arg("--init")
+    }
+
+    /// Has it boot, where a template would spare that.
+    pub fn cold(mut self) -> Self {
+        self.start = Start::Cold;
+        self
+    }
+
+    /// Has it use the templates of `store`, and build them there.
+    pub fn templates(mut self, store: impl Into<PathBuf>) -> Self {
+        self.start = Start::From(store.into());
+        self
+    }
+
+    /// Has it build the template that it needs where there is none, as a person's `vmm` does. Says so on standard error then.
+    pub fn unprepared(self) -> Self {
+        self.templates(templates::store())
     }
 
     /// Another flag or value.
@@ -94,14 +130,35 @@ impl Vmm {
         let mut words = self.before.clone();
         words.push(artefacts::vmm().into());
         words.extend(self.args.iter().cloned());
+        let store = match &self.start {
+            Start::Prepared => {
+                self.prepare();
+                templates::store()
+            }
+            Start::From(store) => store.clone(),
+            Start::Cold => {
+                words.push("--no-template".into());
+                templates::store()
+            }
+        };
         if !self.command.is_empty() {
             words.push("--".into());
             words.extend(self.command.iter().cloned());
         }
         let (program, args) = words.split_first().expect("vmm at least");
         let mut command = Command::new(program);
-        command.args(args);
+        command.args(args).env("VMM_TEMPLATES", store);
         command
+    }
+
+    /// Builds the template that it will start from, where it is not there yet; of a machine that has none, this says so, to nobody.
+    fn prepare(&self) {
+        if self.args.iter().any(|arg| arg == "--rootfs") && !self.args.iter().any(|arg| arg == "--init") {
+            let mut command = Command::new(artefacts::vmm());
+            command.args(["template", "build"]).args(&self.args).env("VMM_TEMPLATES", templates::store());
+            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+            let _ = command.status();
+        }
     }
 
     /// Starts it. Its standard input stays open.

@@ -51,7 +51,8 @@ impl Place {
     }
 
     fn run(&self, vmm: Vmm) -> Ended {
-        vmm.arg("--vsock")
+        vmm.unprepared()
+            .arg("--vsock")
             .arg(self.path("vsock"))
             .arg("--console")
             .arg(self.path("console"))
@@ -160,7 +161,7 @@ fn configurations() {
 fn consoles_and_sockets() {
     require_kvm!();
     let place = Place::new();
-    let run = |vmm: Vmm| vmm.command(&["true"]).limit(SOON).run();
+    let run = |vmm: Vmm| vmm.unprepared().command(&["true"]).limit(SOON).run();
     let missing = place.path("nowhere/console");
     run(Vmm::container().arg("--console").arg(&missing)).refused(&["nowhere/console"]);
     let missing = place.path("nowhere/vsock");

@@ -12,7 +12,7 @@ const LOOK: &str = "echo cpus: $(nproc); while read -r name kib rest; do \
                     [ $name = MemTotal: ] && echo memory: $kib; done </proc/meminfo; echo cmdline: $(cat /proc/cmdline)";
 
 fn container(kernel: impl AsRef<std::ffi::OsStr>) -> Vmm {
-    Vmm::kernel(kernel).arg("--rootfs").arg(artefacts::sample()).shell(LOOK)
+    Vmm::kernel(kernel).arg("--rootfs").arg(artefacts::sample()).cold().shell(LOOK)
 }
 
 /// Checks that a guest of `mib` finds most of it: the kernel keeps a part for itself.
@@ -66,6 +66,7 @@ fn pvh_from_a_configuration() {
         .arg("--rootfs")
         .arg(artefacts::sample())
         .args(["--cpus", "1"])
+        .cold()
         .shell(LOOK)
         .run()
         .expect(0);

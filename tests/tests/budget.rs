@@ -36,6 +36,7 @@ fn measure() -> [f64; BUDGET.len()] {
     let ended = Vmm::kernel(artefacts::vmlinux())
         .arg("--rootfs")
         .arg(artefacts::sample())
+        .cold()
         .arg("--timing=json")
         .run()
         .expect(0);

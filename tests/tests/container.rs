@@ -180,7 +180,7 @@ fn who_insists_is_heard() {
 #[test]
 fn sigterm_while_booting() {
     require_kvm!();
-    let running = Vmm::container().command(&["true"]).start();
+    let running = Vmm::container().cold().command(&["true"]).start();
     // Its handler is there when the machine's own threads are.
     let tasks = format!("/proc/{}/task", running.pid());
     loop {

@@ -48,6 +48,7 @@ fn processes_die_alone() {
     let directory = tempfile::tempdir().unwrap();
     let console = directory.path().join("console");
     let ended = Vmm::prober()
+        .cold()
         .arg("--console")
         .arg(&console)
         .args(["--cmdline", "loglevel=0"])

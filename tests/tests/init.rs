@@ -58,6 +58,7 @@ fn panic() {
 fn panic_below_a_container() {
     require_kvm!();
     let ended = Vmm::prober()
+        .cold()
         .args(["--memory", "64M", "--cmdline", "sysctl.vm.panic_on_oom=2"])
         .shell("echo before; exec prober hog 100000000")
         .run()

@@ -24,7 +24,7 @@ fn thousands_of_kicks_change_nothing() {
     require_kvm!();
     let script =
         "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; echo counted to $i; ls / | wc -l; exit 5";
-    let running = Vmm::container().shell(script).start();
+    let running = Vmm::container().cold().shell(script).start();
     let pid = running.pid();
     let vcpu = loop {
         match thread(pid, "vcpu0") {
