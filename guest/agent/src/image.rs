@@ -37,10 +37,11 @@ fn mount_disk(root: &Root) -> Result<(), Error> {
     let known = [c"erofs", c"ext4", c"squashfs"];
     let candidates = if named.is_empty() { &known[..] } else { &[named.as_c_str()][..] };
     // Nearly always the medium is there, so it is only looked for when it turns out that it is not.
-    let Err(failure) = mount_as(&disk, candidates) else { return Ok(()) };
-    if !wait_for_medium(&disk)? {
-        return Err(failure);
+    // Then it may have come since: so it is tried again in any case.
+    if mount_as(&disk, candidates).is_ok() {
+        return Ok(());
     }
+    wait_for_medium(&disk)?;
     mount_as(&disk, candidates)
 }
 
@@ -64,13 +65,13 @@ pub fn disk_path(name: &str) -> Result<CString, Error> {
     path.ok_or_else(|| Error::Request(format!("{name:?} is not the name of a disk")))
 }
 
-/// Waits until the disk has a medium: a spare one gets it when the host has said what for. `false` if it had one from the first.
-pub fn wait_for_medium(disk: &CStr) -> Result<bool, Error> {
+/// Waits until the disk has a medium: a spare one gets it when the host has said what for.
+pub fn wait_for_medium(disk: &CStr) -> Result<(), Error> {
     let failed = |errno| at(format!("open {}", disk.to_bytes().escape_ascii()))(errno);
     let file = openat(CWD, disk, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
-    for look in 0..LOOKS {
+    for _ in 0..LOOKS {
         if sys::capacity(&file).map_err(failed)? > 0 {
-            return Ok(look > 0);
+            return Ok(());
         }
         // Woken early it looks early.
         let _ = nanosleep(&APART);

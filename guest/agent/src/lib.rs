@@ -85,7 +85,7 @@ impl Machine for Vm {
     }
 
     fn wait_for_disk(&self, device: &str) -> Result<(), Error> {
-        image::wait_for_medium(&image::disk_path(device)?).map(drop)
+        image::wait_for_medium(&image::disk_path(device)?)
     }
 
     fn connect_stream(&self) -> rustix::io::Result<OwnedFd> {

@@ -54,6 +54,10 @@ pub fn copy(
     let Some(fitted) = shape::fit(config) else { return Ok(None) };
     // What a boot would find wrong with the description is wrong.
     config.validate(&host.facts)?;
+    // And with its files: nobody waits for a template, or hears of one, to learn then that a disk is not there.
+    if !is_there(&fitted.template, host) {
+        Plan::new(config, host, &ASSETS)?;
+    }
     let found = find_or_build(&fitted.template, host).and_then(|directory| {
         let loaded = Loaded::open(&directory, &HostKind::here(host))?;
         if loaded.manifest.guest != GuestStage::Greeted {
@@ -81,6 +85,11 @@ pub fn copy(
         });
     }
     Ok(Some(builder::restore(plan, loaded, host, &session::PORTS, timeline)?))
+}
+
+fn is_there(template: &MachineConfig, host: &Host) -> bool {
+    let key = || Key::new(template, host, ASSETS.initramfs).ok();
+    Store::open().is_ok_and(|store| key().is_some_and(|key| store.find(&key).is_some()))
 }
 
 /// The snapshot of the template for machines of this shape.
