@@ -84,7 +84,7 @@ fn overhead(setup: &Setup, runs: u32) -> anyhow::Result<Vec<f64>> {
     (0..runs.min(3))
         .map(|run| {
             eprintln!("memory: run {} of {}", run + 1, runs.min(3));
-            let mut child = setup.start("echo up; sleep 60")?;
+            let mut child = setup.start(&[], "echo up; sleep 60")?;
             // Long enough for the start's last allocations to be over; what is measured does not move after that.
             std::thread::sleep(Duration::from_millis(500));
             let overhead = memory::overhead_mib(child.id(), GUEST_MIB);

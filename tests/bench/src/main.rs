@@ -5,6 +5,7 @@ mod boot;
 mod memory;
 mod report;
 mod run;
+mod snapshots;
 
 use std::path::PathBuf;
 
@@ -35,12 +36,15 @@ struct Cli {
 enum What {
     /// From the start of the process to the container's first byte: 1 vCPU, 256 MiB
     Boot,
+    /// Templates, restores, clones and pauses: 1 vCPU, 256 MiB
+    Snapshots,
 }
 
 fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
     let report = match cli.what {
         What::Boot => boot::measure(&cli.vmm, &cli.images, cli.runs)?,
+        What::Snapshots => snapshots::measure(&cli.vmm, &cli.images, cli.runs)?,
     };
     println!("{}", report.table());
     if let Some(path) = &cli.json {

@@ -24,6 +24,17 @@ pub fn overhead_mib(pid: u32, guest_mib: u64) -> anyhow::Result<f64> {
     Ok(kib as f64 / 1024.0)
 }
 
+/// The proportional share of process `pid` in all memory that it has mapped, in MiB: what is shared by `n` counts a `n`-th.
+pub fn proportional_mib(pid: u32) -> anyhow::Result<f64> {
+    let path = format!("/proc/{pid}/smaps_rollup");
+    let text = std::fs::read_to_string(&path).with_context(|| path.clone())?;
+    proportional_kib(&text).map(|kib| kib / 1024.0).with_context(|| format!("{path} has no line Pss"))
+}
+
+fn proportional_kib(rollup: &str) -> Option<f64> {
+    rollup.lines().find_map(|line| line.strip_prefix("Pss:")?.split_whitespace().next()?.parse().ok())
+}
+
 fn overhead_kib(mappings: &[Mapping], guest_kib: u64) -> u64 {
     let library =
         |path: &str| Path::new(path).file_name().is_some_and(|n| n.to_string_lossy().contains(".so"));
@@ -60,6 +71,14 @@ fn parse(smaps: &str) -> Vec<Mapping> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn reads_the_share() {
+        let rollup =
+            "00400000-7ffd00021000 ---p 00000000 00:00 0   [rollup]\nRss:      9000 kB\nPss:      2048 kB\n";
+        assert_eq!(proportional_kib(rollup), Some(2048.0));
+        assert_eq!(proportional_kib("Pss_Dirty: 3 kB\n"), None);
+    }
 
     #[test]
     fn counts_what_is_ours() {

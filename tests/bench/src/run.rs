@@ -19,9 +19,10 @@ pub struct Setup {
     pub rootfs: PathBuf,
 }
 
-/// What vmm says of its own run, and when it was started.
+/// What vmm says of its own run, and when it was started and had ended.
 pub struct Account {
     started: Duration,
+    ended: Duration,
     timing: Timing,
 }
 
@@ -54,26 +55,39 @@ impl Setup {
     }
 
     /// Starts a container that runs until it is killed, and returns it once it has printed a line.
-    pub fn start(&self, script: &str) -> anyhow::Result<Child> {
-        let mut child = self.command(&["--", "/bin/sh", "-c", script]).spawn()?;
-        let mut byte = [0];
-        let printed = child.stdout.as_mut().context("no stdout")?;
-        std::io::Read::read_exact(printed, &mut byte).context("the container did not start")?;
-        Ok(child)
+    pub fn start(&self, flags: &[&str], script: &str) -> anyhow::Result<Child> {
+        let mut command = self.command(flags);
+        started(command.args(["--", "/bin/sh", "-c", script]))
     }
 
-    /// Runs `/bin/echo` in a container to its end.
+    /// Boots a machine that runs `/bin/echo` in a container to its end.
     pub fn measure(&self) -> anyhow::Result<Account> {
-        let started = now();
-        let output = self.command(&["--timing=json", "--", "/bin/echo", "hello"]).output()?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        if output.stdout != b"hello\n" {
-            bail!("the container did not run ({}): {said}", output.status);
-        }
-        let line = said.lines().last().unwrap_or_default();
-        let timing = serde_json::from_str(line).with_context(|| format!("vmm's timing: {line}"))?;
-        Ok(Account { started, timing })
+        let mut command = self.command(&["--no-template", "--timing=json", "--", "/bin/echo", "hello"]);
+        account(&mut command, b"hello\n")
     }
+}
+
+/// Starts `command`, and returns it once it has printed something.
+pub fn started(command: &mut Command) -> anyhow::Result<Child> {
+    let mut child = command.spawn()?;
+    let mut byte = [0];
+    let printed = child.stdout.as_mut().context("no stdout")?;
+    std::io::Read::read_exact(printed, &mut byte).context("the container did not start")?;
+    Ok(child)
+}
+
+/// Runs `command`, a vmm with `--timing=json` whose container is to print `expected`, to its end.
+pub fn account(command: &mut Command, expected: &[u8]) -> anyhow::Result<Account> {
+    let started = now();
+    let output = command.output()?;
+    let ended = now();
+    let said = String::from_utf8_lossy(&output.stderr);
+    if output.stdout != expected || !output.status.success() {
+        bail!("the container did not run ({}): {said}", output.status);
+    }
+    let line = said.lines().last().unwrap_or_default();
+    let timing = serde_json::from_str(line).with_context(|| format!("vmm's timing: {line}"))?;
+    Ok(Account { started, ended, timing })
 }
 
 impl Account {
@@ -83,6 +97,11 @@ impl Account {
             .iter()
             .find(|p| p.phase == name)
             .with_context(|| format!("vmm did not reach {name}"))
+    }
+
+    /// Seconds from just before the process was made until it was gone.
+    pub fn all_s(&self) -> f64 {
+        self.ended.saturating_sub(self.started).as_secs_f64()
     }
 
     /// Milliseconds from just before the process was made to `phase`.

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 use prober::{Checksum, Pattern};
 
-const USAGE: &str = "prober pattern BYTES | checksum | hog BYTES | registers | hostile LSTAR PAGE_FAULT [ONLY] | tcp-serve PORT | tcp-send ADDRESS BYTES | vsock-open | vsock-serve PORT | \
+const USAGE: &str = "prober pattern BYTES | checksum | hog BYTES | fill BYTES | registers | hostile LSTAR PAGE_FAULT [ONLY] | tcp-serve PORT | tcp-send ADDRESS BYTES | vsock-open | vsock-serve PORT | \
                      vsock-send PORT BYTES";
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
@@ -29,6 +29,7 @@ fn main() -> ExitCode {
             number(lstar).and_then(|lstar| hostile::run(lstar, number(page_fault)?, only))
         }
         ["hog", bytes] => number(bytes).and_then(hog),
+        ["fill", bytes] => number(bytes).and_then(fill),
         ["registers"] => registers::run(),
         ["vsock-open"] => {
             println!("{}", vsock::open());
@@ -94,4 +95,26 @@ fn hog(bytes: u64) -> Outcome {
     // SAFETY: a new mapping, wherever the kernel likes.
     let memory = unsafe { libc::mmap(std::ptr::null_mut(), usize::try_from(bytes)?, rights, flags, -1, 0) };
     if memory == libc::MAP_FAILED { Err(std::io::Error::last_os_error().into()) } else { Ok(()) }
+}
+
+/// Fills that much memory with the pattern, says so, and waits for its end. In huge pages: a fault each, where faults are slow.
+fn fill(bytes: u64) -> Outcome {
+    let bytes = usize::try_from(bytes)?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping, wherever the kernel likes; it is ours until the end, and memory while it is written to.
+    let memory = unsafe {
+        let memory =
+            libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
+        if memory == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error().into());
+        }
+        // A kernel without huge pages takes longer.
+        libc::madvise(memory, bytes, libc::MADV_HUGEPAGE);
+        std::slice::from_raw_parts_mut(memory.cast::<u8>(), bytes)
+    };
+    Pattern::default().fill(memory);
+    println!("filled");
+    loop {
+        std::thread::park();
+    }
 }
