@@ -196,7 +196,8 @@ impl PlannedDevice {
                         let Disk { file, path, .. } = Disk::open(path, *read_only)?;
                         Some(LiveDisk {
                             slot,
-                            path: Some(path),
+                            // Whoever restores a snapshot that names it does so from wherever.
+                            path: Some(std::path::absolute(&path).unwrap_or(path)),
                             read_only: *read_only,
                             medium: Medium::Raw(file),
                             base: None,

@@ -134,6 +134,17 @@ impl AsFd for Tap {
     }
 }
 
+/// The name of the interface that `tap`, which somebody else attached, is the host's end of; `None` when it is no TAP.
+pub fn name(tap: &impl AsFd) -> Option<String> {
+    // SAFETY: `ifreq` is plain data of the C API, for which zero bytes are an empty name and empty members.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // SAFETY: TUNGETIFF writes one `ifreq`, which lives through the call. A file that is something else does not know the request, or has
+    // one of the same number that writes an `ifreq` too or less: the number says how much.
+    check(unsafe { libc::ioctl(tap.as_fd().as_raw_fd(), libc::TUNGETIFF as _, &raw mut request) }).ok()?;
+    let bytes = request.ifr_name.iter().map(|byte| byte.cast_unsigned()).take_while(|byte| *byte != 0);
+    String::from_utf8(bytes.collect()).ok().filter(|name| !name.is_empty())
+}
+
 #[allow(clippy::cast_possible_truncation, reason = "the flags have 16 bits in the kernel's interface")]
 fn flags_field(flags: c_int) -> c_short {
     flags as c_short
@@ -196,6 +207,8 @@ mod tests {
         ip("tuntap add tap0 mode tap");
         let tap = Tap::open("tap0").unwrap();
         assert_eq!(tap.name(), "tap0");
+        assert_eq!(name(&tap).as_deref(), Some("tap0"));
+        assert_eq!(name(&std::fs::File::open("/dev/null").unwrap()), None);
         assert!(message("tap0").starts_with("the TAP \"tap0\" is in use"));
         drop(tap);
         Tap::open("tap0").unwrap();

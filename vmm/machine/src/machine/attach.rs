@@ -7,6 +7,7 @@ use devices::virtio::transport::AttachFailed;
 use super::Attached;
 use crate::config::DeviceConfig;
 use crate::control::{AttachBackend, Refusal};
+use crate::host::tap;
 use crate::snapshot::disks::LiveDisk;
 
 /// Gives the device in `slot` another back end, and notes that in its description.
@@ -36,9 +37,12 @@ pub(super) fn change(
                 Some(LiveDisk { slot, path, read_only, medium: BlockMedium::Raw(twice), base: None });
             Ok(())
         }
-        (AttachBackend::Tap(tap), DeviceConfig::Net(_)) => {
+        (AttachBackend::Tap(tap), DeviceConfig::Net(net)) => {
+            let name = tap::name(&tap);
             device.transport.attach(Backend::Tap(tap)).map_err(refused)?;
-            device.backend = Some("TAP given by descriptor".into());
+            device.backend = Some(name.clone().unwrap_or_else(|| "TAP given by descriptor".into()));
+            // A snapshot names the TAP that the machine has, and not the one that it had.
+            net.tap = name;
             Ok(())
         }
         (AttachBackend::Disk { .. }, _) => Err(Refusal::Invalid(format!("slot {slot} is no disk's"))),

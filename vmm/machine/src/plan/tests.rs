@@ -291,3 +291,15 @@ fn chosen_addresses_differ() {
     let (a, b) = (random_mac().unwrap(), random_mac().unwrap());
     assert!(a != b && a.is_unicast() && a.bytes()[0] & 2 == 2);
 }
+
+#[test]
+fn a_disk_is_found_again_from_anywhere() {
+    // Tests run in the package's directory.
+    let file = tempfile::NamedTempFile::new_in(".").unwrap();
+    file.as_file().set_len(512).unwrap();
+    let name: PathBuf = file.path().file_name().unwrap().into();
+    let block = BlockConfig { path: Some(name.clone()), read_only: true };
+    let planned = PlannedDevice::open(0, &mut DeviceConfig::Block(block)).unwrap();
+    let PlannedDevice::Block { medium: Some(disk), .. } = planned else { panic!("{planned:?}") };
+    assert_eq!(disk.path, Some(std::env::current_dir().unwrap().join(name)));
+}
