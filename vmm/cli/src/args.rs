@@ -24,7 +24,8 @@ Examples:
 
 Exit codes:
   the container's own; 126 and 127 when its command cannot be executed or is not there; 128 + n when signal n killed it
-  125 when vmm refuses or fails, 250 when the guest's kernel panics, 251 when the VM ends before the container does";
+  125 when vmm refuses or fails, 250 when the guest's kernel panics, 251 when the VM ends before the container does
+  of ctl and snapshot: 1 when the machine that was asked refuses";
 
 /// Runs a container in a virtual machine of its own.
 #[derive(Debug, Parser)]

@@ -117,6 +117,10 @@ pub fn drive(
             let _raw =
                 if raw { keyboard::connect(&machine).context("cannot read the keyboard")? } else { None };
             start(&mut machine, paused)?;
+            if let Some(mut ready) = ready {
+                // Nobody is asked. Whoever wanted to be told may have gone.
+                let _ = writeln!(ready, "ready");
+            }
             (machine.run(PanicWords::MayBeAnybodys, &mut machine::Own), None)
         }
         Some(opening) => {

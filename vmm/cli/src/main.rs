@@ -71,9 +71,17 @@ fn usage(error: &clap::Error) -> ExitCode {
         let _ = error.print();
         return ExitCode::SUCCESS;
     }
-    let text = error.to_string();
-    log_line::say(&format!("vmm: {} (vmm --help says more)", first_paragraph(&text)));
+    log_line::say(&format!("vmm: {} (vmm --help says more)", complaint(error)));
     ExitCode::from(exit_code::VMM)
+}
+
+/// One line about it.
+fn complaint(error: &clap::Error) -> String {
+    match error.kind() {
+        // What it has to say is all of the help.
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => "a command is missing".into(),
+        _ => first_paragraph(&error.to_string()),
+    }
 }
 
 /// What is wrong, without the usage that follows it.
@@ -92,6 +100,9 @@ mod tests {
             "error: the argument '--init' cannot be used with:\n  --tty\n  --interactive\n\nUsage: vmm";
         let line = "the argument '--init' cannot be used with: --tty --interactive";
         assert_eq!(first_paragraph(text), line);
+        let of = |words: &[&str]| complaint(&Cli::try_parse_from(words).unwrap_err());
+        assert_eq!(of(&["vmm", "snapshot"]), "a command is missing");
+        assert_eq!(of(&["vmm", "restore"]), "the following required arguments were not provided: <DIR>");
     }
 
     #[test]

@@ -27,7 +27,7 @@ pub struct RestoreArgs {
     /// Restore the machine, and let it go on when the API says so
     #[arg(long, requires = "api_socket")]
     pub paused: bool,
-    /// Pass standard input to the container
+    /// Pass standard input to the container, or to the serial port of an ordinary VM
     #[arg(short, long)]
     pub interactive: bool,
     /// Its container has a terminal: use this one for it

@@ -20,6 +20,7 @@ use super::run::{network, warn};
 use crate::args::snapshot::RestoreArgs;
 use crate::drive::{self, Caught, Settings};
 use crate::session::{self, NewSelf, Opening};
+use crate::terminal;
 
 /// Runs it, and returns the exit code.
 ///
@@ -29,6 +30,7 @@ pub fn run(args: &RestoreArgs, timeline: &Arc<Timeline>) -> anyhow::Result<u8> {
     let caught = Caught::now()?;
     let host = Host::detect()?;
     let loaded = Loaded::open(&args.directory, &HostKind::here(&host))?;
+    check(args, loaded.manifest.guest)?;
     let mut config = loaded.manifest.config.clone();
     // What stands there is the original's to write; this is another machine.
     config.console =
@@ -40,10 +42,9 @@ pub fn run(args: &RestoreArgs, timeline: &Arc<Timeline>) -> anyhow::Result<u8> {
     let opening = match loaded.manifest.guest {
         GuestStage::Own => None,
         GuestStage::Frozen => Some(Opening::Snapshot(new_self(args, &plan.config, changed)?)),
-        GuestStage::Greeted => {
-            bail!("{} is a template: vmm --rootfs starts from it", args.directory.display())
+        GuestStage::Greeted | GuestStage::Running => {
+            bail!("{}: it has no container", args.directory.display())
         }
-        GuestStage::Running => bail!("{}: its container was not frozen", args.directory.display()),
     };
     let settings = Settings {
         raw: args.interactive && (args.tty || opening.is_none()),
@@ -57,10 +58,37 @@ pub fn run(args: &RestoreArgs, timeline: &Arc<Timeline>) -> anyhow::Result<u8> {
     drive::drive(machine, channels, caught, settings, timeline)
 }
 
+/// Whether the flags fit what is in the snapshot. What nobody would heed is not taken.
+fn check(args: &RestoreArgs, guest: GuestStage) -> anyhow::Result<()> {
+    let directory = args.directory.display();
+    match guest {
+        GuestStage::Greeted => bail!("{directory} is a template: vmm --rootfs starts from it"),
+        GuestStage::Running => bail!("{directory}: its container was not frozen: save it again"),
+        GuestStage::Frozen if args.tty && args.interactive && !terminal::is_terminal() => {
+            bail!("standard input is not a terminal: leave -t away, or -i")
+        }
+        GuestStage::Frozen => {}
+        GuestStage::Own => {
+            let given = [
+                ("--hostname", args.hostname.is_some()),
+                ("--machine-id", args.machine_id.is_some()),
+                ("--tty", args.tty),
+            ];
+            if let Some((flag, _)) = given.into_iter().find(|(_, given)| *given) {
+                bail!(
+                    "{flag} is for a container, and {directory} is an ordinary VM, in which nobody hears of it: leave it away"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Puts the copy's own back ends into its description. Says whether its network has changed.
 fn rewire(args: &RestoreArgs, config: &mut MachineConfig) -> anyhow::Result<bool> {
     let mut changed = false;
     let mut wanted = args.net.clone();
+    let mut socket = args.vsock.clone();
     for device in &mut config.devices {
         match device {
             DeviceConfig::Net(net) => {
@@ -78,12 +106,17 @@ fn rewire(args: &RestoreArgs, config: &mut MachineConfig) -> anyhow::Result<bool
                     None => (net.tap, net.mac) = (None, None),
                 }
             }
-            DeviceConfig::Vsock(vsock) => vsock.uds_path.clone_from(&args.vsock),
+            DeviceConfig::Vsock(vsock) => {
+                vsock.uds_path = socket.take();
+            }
             _ => {}
         }
     }
     if wanted.is_some_and(|arg| arg.0.is_some()) {
         bail!("the machine was saved without a network card: it cannot get one now");
+    }
+    if socket.is_some() {
+        bail!("the machine was saved without a vsock device: it cannot get one now");
     }
     Ok(changed)
 }
@@ -92,6 +125,7 @@ fn new_self(args: &RestoreArgs, config: &MachineConfig, net_changed: bool) -> an
     let mut new = NewSelf::random().map_err(anyhow::Error::msg)?;
     new.hostname.clone_from(&args.hostname);
     new.interactive = args.interactive;
+    new.terminal = args.tty;
     if let Some(id) = &args.machine_id {
         let id = machine::snapshot::SnapshotId::try_from(id.clone())
             .map_err(|_| anyhow::anyhow!("--machine-id takes 32 hexadecimal digits"))?;
@@ -133,4 +167,50 @@ fn ready_file(fd: i32) -> anyhow::Result<Box<dyn Write + Send>> {
     let file = File::options().write(true).open(format!("/proc/self/fd/{fd}"));
     let file = file.with_context(|| format!("--ready-fd {fd} cannot be written"))?;
     Ok(Box::new(file))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use machine::config::{NetConfig, VsockConfig};
+
+    use super::*;
+    use crate::args::{Cli, Command};
+
+    fn args(flags: &[&str]) -> RestoreArgs {
+        match Cli::try_parse_from([&["vmm", "restore", "DIR"], flags].concat()).unwrap().command {
+            Some(Command::Restore(args)) => args,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_nobody_would_heed_is_refused() {
+        let refused = |flags: &[&str], guest| check(&args(flags), guest).map_err(|e| e.to_string());
+        assert!(refused(&["--hostname", "x"], GuestStage::Own).unwrap_err().starts_with("--hostname is for"));
+        assert!(refused(&["-t"], GuestStage::Own).unwrap_err().starts_with("--tty is for"));
+        refused(&["-i"], GuestStage::Own).unwrap();
+        refused(&["--hostname", "x"], GuestStage::Frozen).unwrap();
+        assert!(refused(&[], GuestStage::Greeted).unwrap_err().contains("template"));
+    }
+
+    #[test]
+    fn back_ends_need_their_devices() {
+        let mut bare = MachineConfig::default();
+        assert!(rewire(&args(&["--vsock", "/s"]), &mut bare).unwrap_err().to_string().contains("vsock"));
+        assert!(rewire(&args(&["--net", "tap=t"]), &mut bare).unwrap_err().to_string().contains("card"));
+        assert!(!rewire(&args(&["--net", "none"]), &mut bare).unwrap());
+        let old = VsockConfig { uds_path: Some("/old".into()), ..VsockConfig::default() };
+        let net = NetConfig { tap: Some("old".into()), mac: None, address: None, gateway: None };
+        bare.devices = vec![DeviceConfig::Vsock(old.clone()), DeviceConfig::Net(net)];
+        // The original may still have its own socket; its TAP is the default.
+        assert!(!rewire(&args(&[]), &mut bare).unwrap());
+        assert_eq!(bare.devices[0], DeviceConfig::Vsock(VsockConfig { uds_path: None, ..old.clone() }));
+        assert!(rewire(&args(&["--net", "tap=new", "--vsock", "/new"]), &mut bare).unwrap());
+        assert_eq!(
+            bare.devices[0],
+            DeviceConfig::Vsock(VsockConfig { uds_path: Some("/new".into()), ..old })
+        );
+        assert!(matches!(&bare.devices[1], DeviceConfig::Net(net) if net.tap.as_deref() == Some("new")));
+    }
 }

@@ -255,10 +255,14 @@ impl Conversation<'_> {
     /// Goes on with the streams of a container that has lived on.
     fn resume(&mut self, streams: &[(StreamKind, u32)]) -> Result<(), String> {
         let Opening::Snapshot(new) = &self.opening else { return Ok(()) };
+        let has_terminal = streams.iter().any(|(kind, _)| *kind == StreamKind::Terminal);
+        if new.terminal && !has_terminal {
+            return Err("the container in the snapshot has no terminal: leave -t away".into());
+        }
         let Some(listener) = self.listener.take() else { return Ok(()) };
         let carried = streams::Streams::resume(&listener, streams, new.interactive, self.timeline.clone());
         self.output = Some(carried.map_err(cannot_carry)?);
-        if streams.iter().any(|(kind, _)| *kind == StreamKind::Terminal) {
+        if has_terminal {
             self.guest.send(&ToAgent::Resize(terminal::size()));
         }
         Ok(())

@@ -44,6 +44,8 @@ pub struct NewSelf {
     pub network: Option<Network>,
     /// Pass standard input to a container that reads it.
     pub interactive: bool,
+    /// Whoever restores it relies on it that it has a terminal.
+    pub terminal: bool,
 }
 
 impl Request {

@@ -38,8 +38,9 @@ pub fn snapshot(report: &SnapshotReport) -> String {
     ];
     let disks = report.disks.iter().map(|disk| [format!("Disk in slot {}", disk.slot), plain(&disk.how)]);
     rows.extend(disks);
-    let frozen = if report.frozen { "frozen: copies get identities of their own" } else { "not frozen" };
-    rows.push(["Container".into(), frozen.into()]);
+    if report.frozen {
+        rows.push(["Container".into(), "frozen: copies get identities of their own".into()]);
+    }
     table("", &rows)
 }
 
@@ -196,7 +197,6 @@ Saved to        /x
 Paused for      12.3 ms
 Memory          256.0 MiB, 3.5 MiB written
 Disk in slot 1  reflink
-Container       not frozen
 ";
         assert_eq!(snapshot(&report), expected);
     }

@@ -12,7 +12,9 @@ use std::process::{Child, Command};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
+use machine::api::client::Answer;
 use machine::config::DeviceConfig;
+use machine::snapshot::manifest::GuestStage;
 use machine::snapshot::{SnapshotId, directory};
 use serde::Serialize;
 
@@ -44,13 +46,21 @@ pub fn run(socket: &Path, count: u16, place: Option<&Path>, json: bool) -> anyho
     let begun = Instant::now();
     let place = make_place(place)?;
     let snapshot = place.join("snapshot");
-    if let Err(refusal) = ctl::snapshot(socket, &snapshot, false)?.content() {
+    let saved = ctl::snapshot(socket, &snapshot, false).map(Answer::content);
+    if !matches!(saved, Ok(Ok(_))) {
+        // Only if it is empty.
+        let _ = fs::remove_dir(&place);
+    }
+    if let Err(refusal) = saved? {
         say(&format!("vmm: {refusal}"));
         return Ok(exit_code::REFUSED);
     }
     let clones = start(&place, &snapshot, count);
     // Whoever runs has it mapped.
     let removed = directory::remove(&snapshot);
+    if clones.is_err() {
+        let _ = fs::remove_dir(&place);
+    }
     let clones = clones?;
     removed?;
     if json {
@@ -94,6 +104,11 @@ fn make_place(place: Option<&Path>) -> anyhow::Result<PathBuf> {
 /// Starts all clones, and waits until each has become a machine of its own. When one does not, none is left.
 fn start(place: &Path, snapshot: &Path, count: u16) -> anyhow::Result<Vec<Clone>> {
     let manifest = directory::manifest(snapshot)?;
+    if manifest.guest != GuestStage::Frozen {
+        bail!(
+            "the machine runs no container: in an ordinary VM nobody could make each clone another one; use vmm snapshot save, and vmm restore"
+        );
+    }
     let has_card = manifest.config.devices.iter().any(|device| matches!(device, DeviceConfig::Net(_)));
     let mut starting = Vec::with_capacity(count.into());
     let mut failure = None;
