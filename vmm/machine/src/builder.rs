@@ -3,6 +3,8 @@
 //! Runs on the main thread. The order is KVM's (interrupt controller before vCPUs, vCPUs before the command line that depends
 //! on what they show) and the project's law: a machine is always built paused.
 
+mod vcpus;
+
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -21,11 +23,10 @@ use devices::virtio::net::{Net, TapError};
 use devices::virtio::rng::Rng;
 use devices::virtio::transport::TransportState;
 use devices::virtio::transport::mmio::{DOORBELL, Held, MMIO_SIZE, MmioTransport};
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_pit_config};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{IoEventAddress, VcpuFd, VmFd};
 use thiserror::Error;
 
-use crate::arch::x86_64::{cpuid, lapic, msrs};
 use crate::boot::{self, BootError, Cmdline, CmdlineError};
 use crate::channels::Channels;
 use crate::config::{ConsoleConfig, MachineConfig, irq_for_slot};
@@ -40,7 +41,7 @@ use crate::machine::{Attached, Machine};
 use crate::plan::{Boot, ConsoleOutput, Plan, PlannedDevice, Slot};
 use crate::snapshot::Loaded;
 use crate::snapshot::manifest::{HostKind, Parent};
-use crate::snapshot::vcpu::{Registers, VcpuState, VcpuStateError};
+use crate::snapshot::vcpu::{Registers, VcpuStateError};
 use crate::timeline::Timeline;
 use crate::vcpu::exit::Buses;
 use crate::vcpu::{Vcpu, VcpuThread};
@@ -199,7 +200,7 @@ fn assemble(
         parent = Some(Parent { id: manifest.id, directory });
     }
     let vcpus: io::Result<Vec<VcpuThread>> = vcpus.into_iter().map(Vcpu::spawn).collect();
-    let vcpus = vcpus.map_err(host_thread)?;
+    let vcpus = vcpus.map_err(self::host("start a vCPU's thread"))?;
     let Builder { vm, memory, .. } = builder;
     let machine = Machine {
         vcpus,
@@ -222,10 +223,6 @@ fn assemble(
         memory,
     };
     Ok((machine, channels))
-}
-
-fn host_thread(source: io::Error) -> BuildError {
-    BuildError::Host { what: "start a vCPU's thread", source }
 }
 
 fn mmio_base(index: usize) -> u64 {
@@ -320,14 +317,6 @@ impl<'a> Builder<'a> {
         Ok(cmdline)
     }
 
-    fn restored_vcpu(&self, id: u8, state: &VcpuState, registers: &Registers) -> Result<VcpuFd, BuildError> {
-        self.timeline.in_kvm(|| {
-            let fd = self.vm.create_vcpu(id.into()).map_err(kvm("create a vCPU"))?;
-            state.restore(&fd, registers)?;
-            Ok(fd)
-        })
-    }
-
     fn console(
         &self,
         output: ConsoleOutput,
@@ -399,38 +388,6 @@ impl<'a> Builder<'a> {
         Ok(Attached { transport: Arc::new(transport), backend, disk: kept })
     }
 
-    fn vcpu(&self, id: u8, count: u8) -> Result<VcpuFd, BuildError> {
-        self.timeline.in_kvm(|| {
-            let fd = self.vm.create_vcpu(id.into()).map_err(kvm("create a vCPU"))?;
-            fd.set_cpuid2(&self.shown(id, count)?).map_err(kvm("set what a vCPU shows"))?;
-            let reset =
-                Msrs::from_entries(&msrs::at_reset()).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG));
-            let set =
-                reset.and_then(|reset| fd.set_msrs(&reset).map(|count| count == reset.as_slice().len()));
-            if !set.map_err(kvm("set a vCPU's registers"))? {
-                log::warn!("vcpu {id}: KVM refused a register that firmware sets");
-            }
-            let mut lapic = fd.get_lapic().map_err(kvm("read a vCPU's interrupt controller"))?;
-            lapic::connect_local_interrupts(&mut lapic);
-            fd.set_lapic(&lapic).map_err(kvm("set a vCPU's interrupt controller"))?;
-            Ok(fd)
-        })
-    }
-
-    fn shown(&self, id: u8, count: u8) -> Result<CpuId, BuildError> {
-        let supported = self.host.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
-        let supported = supported.map_err(kvm("say what its vCPUs can do"))?;
-        let mut entries = cpuid::for_vcpu(supported.as_slice(), id, count);
-        if self.emulated {
-            cpuid::mask_for_emulated_kernel(&mut entries);
-        }
-        let too_many = |_| BuildError::Kvm {
-            what: "show more than 256 CPUID leaves",
-            source: kvm_ioctls::Error::new(libc::E2BIG),
-        };
-        CpuId::from_entries(&entries).map_err(too_many)
-    }
-
     /// Words that depend on the host: what the vCPUs show all the same, and what a kernel can do without there.
     fn kernel_words(&self, vcpu: &VcpuFd, cmdline: &mut Cmdline) -> Result<(), BuildError> {
         if !self.emulated {
@@ -438,14 +395,5 @@ impl<'a> Builder<'a> {
         }
         let shown = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(kvm("say what its vCPUs show"))?;
         Ok(pvm::cmdline::add(cmdline, shown.as_slice())?)
-    }
-
-    fn enter(&self, vcpu: &VcpuFd, entry: &crate::arch::x86_64::EntryPoint) -> Result<(), BuildError> {
-        self.timeline.in_kvm(|| {
-            let mut sregs = vcpu.get_sregs().map_err(kvm("read the boot vCPU's state"))?;
-            entry.apply(&mut sregs);
-            vcpu.set_sregs(&sregs).map_err(kvm("set the boot vCPU's state"))?;
-            vcpu.set_regs(&entry.regs()).map_err(kvm("set the boot vCPU's registers"))
-        })
     }
 }
