@@ -30,6 +30,8 @@ fn main() -> ExitCode {
         Err(error) => return usage(&error),
     };
     log_line::start(cli.verbose);
+    // A process that we started ourselves would be called `exe`, after /proc/self/exe.
+    let _ = std::fs::write("/proc/self/comm", "vmm");
     let before = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
         terminal::restore();

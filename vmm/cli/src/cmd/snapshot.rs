@@ -110,6 +110,9 @@ fn inspect(directory: &Path, verify: bool, json: bool) -> anyhow::Result<()> {
         line(&format!("disk {}", disk.slot), &format!("{path}, {}: {}", mebibytes(disk.size), disk.how()));
     }
     match loaded {
+        Ok(_) if verify && manifest.parent.is_some() => {
+            line("restores", &"here; only memory of whole snapshots can be compared, and this is a diff");
+        }
         Ok(_) if verify => line("restores", &"here; all of its memory is as it was written"),
         Ok(_) => line("restores", &"here"),
         Err(error) => line("restores", &format!("not here: {error}")),

@@ -149,7 +149,7 @@ fn spawn(place: &Path, snapshot: &Path, number: u16, has_card: bool) -> anyhow::
     let (api_socket, output, log) = (file("sock"), file("out"), file("log"));
     let (ready, tell) = pipe().context("cannot make a pipe")?;
     let mut command = Command::new("/proc/self/exe");
-    command.arg("restore").arg(snapshot).arg("--api-socket").arg(&api_socket);
+    command.arg0("vmm").arg("restore").arg(snapshot).arg("--api-socket").arg(&api_socket);
     command.args(["--hostname", &hostname, "--machine-id", &machine_id]);
     if has_card {
         // One TAP cannot have two cards. The API gives each its own.
