@@ -3,6 +3,7 @@
 //! The machine is saved once, and every clone maps the same memory copy-on-write. When all of them run the snapshot's name is removed:
 //! what they map stays for as long as they do.
 
+use std::collections::VecDeque;
 use std::fs::{self, DirBuilder, File};
 use std::io::{BufRead, BufReader, PipeReader, pipe};
 use std::os::unix::fs::DirBuilderExt;
@@ -102,6 +103,9 @@ fn make_place(place: Option<&Path>) -> anyhow::Result<PathBuf> {
 }
 
 /// Starts all clones, and waits until each has become a machine of its own. When one does not, none is left.
+///
+/// No more at once than there are processors: where kernel mode is emulated a tick of the guest's clock costs a millisecond or two, and
+/// guests of which each gets a tenth of a processor do little else than tick.
 fn start(place: &Path, snapshot: &Path, count: u16) -> anyhow::Result<Vec<Clone>> {
     let manifest = directory::manifest(snapshot)?;
     if manifest.guest != GuestStage::Frozen {
@@ -110,19 +114,20 @@ fn start(place: &Path, snapshot: &Path, count: u16) -> anyhow::Result<Vec<Clone>
         );
     }
     let has_card = manifest.config.devices.iter().any(|device| matches!(device, DeviceConfig::Net(_)));
-    let mut starting = Vec::with_capacity(count.into());
+    let at_once = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut numbers = 1..=count;
+    let mut starting = VecDeque::with_capacity(at_once);
+    let mut running = Vec::with_capacity(count.into());
     let mut failure = None;
-    for number in 1..=count {
-        match spawn(place, snapshot, number, has_card) {
-            Ok(clone) => starting.push(clone),
-            Err(error) => {
-                failure = Some(error);
-                break;
+    loop {
+        while failure.is_none() && starting.len() < at_once {
+            let Some(number) = numbers.next() else { break };
+            match spawn(place, snapshot, number, has_card) {
+                Ok(clone) => starting.push_back(clone),
+                Err(error) => failure = Some(error),
             }
         }
-    }
-    let mut running = Vec::with_capacity(starting.len());
-    for mut clone in starting {
+        let Some(mut clone) = starting.pop_front() else { break };
         let mut line = String::new();
         let heard = clone.ready.read_line(&mut line);
         if failure.is_none() && !matches!(heard, Ok(1..)) {
