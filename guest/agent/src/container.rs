@@ -1,4 +1,5 @@
-//! Starts the container's process: PID 1 of its own pid, mount, uts, ipc and cgroup namespaces, with the VM's network.
+//! Starts the container's process: PID 1 of its own pid, mount and cgroup namespaces, with the VM's network. The uts and ipc namespaces are
+//! those that the agent has made for it and uses for nothing itself: so a template has them.
 //!
 //! The child shares the agent's memory until it executes the command, and the agent waits for that, as with `vfork`: no page is copied, and an
 //! error is just written where the agent finds it. It has its own descriptor table, and every descriptor of the agent's is close-on-exec.
@@ -22,12 +23,13 @@ use rustix::thread::{
 
 use crate::error::{Error, at};
 use crate::file::read_bounded;
-use crate::mounts::FIRST_TERMINAL;
+use crate::mounts::{FIRST_TERMINAL, Furniture};
 use crate::stdio::Ends;
 use crate::user::{Identity, identify};
 use crate::{identity, mounts, process, seccomp, sys};
 
-const NAMESPACES: i32 = libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC;
+/// Those that the agent has not made already.
+const NAMESPACES: i32 = libc::CLONE_NEWPID | libc::CLONE_NEWNS;
 
 /// The name of a host that was given none; the kernel's own is "(none)".
 const HOSTNAME: &[u8] = b"vmm";
@@ -47,6 +49,8 @@ pub struct Plan<'a> {
     pub ends: &'a Ends,
     /// What its `/etc/machine-id` says.
     pub machine_id: &'a [u8; 16],
+    /// Its /sys and /dev.
+    pub furniture: &'a Furniture,
     /// Its cgroup, if this kernel has cgroups.
     pub cgroup: Option<BorrowedFd<'a>>,
 }
@@ -77,7 +81,7 @@ fn prepare(plan: &Plan<'_>) -> Result<Vec<protocol::ByteString>, Error> {
     if plan.cgroup.is_some() {
         sys::unshare_cgroup().map_err(at("unshare the cgroups"))?;
     }
-    mounts::enter_root(&start.disks, start.terminal.is_some())?;
+    mounts::enter_root(plan.furniture, &start.disks, start.terminal.is_some())?;
     identity::write_machine_id(plan.machine_id)?;
     let hostname = if start.hostname.is_empty() { HOSTNAME } else { start.hostname.as_bytes() };
     sethostname(hostname).map_err(at("set the host's name"))?;

@@ -4,15 +4,13 @@
 use core::ffi::CStr;
 
 use protocol::{Identity, Seed};
-use rustix::fd::AsFd;
-use rustix::fs::{CWD, FileType, Mode, OFlags, lstat, open, openat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, ftruncate, lstat, open, openat, openat2};
 use rustix::io::{Errno, write};
-use rustix::process::{Pid, PidfdFlags, WaitOptions, pidfd_open, waitpid};
 use rustix::system::sethostname;
-use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::error::{Error, at};
+use crate::image::IMAGE;
 use crate::sys;
 
 /// 32 hexadecimal digits and the end of a line (machine-id(5)).
@@ -32,33 +30,42 @@ pub fn set_clock(nanoseconds: u64) -> Result<(), Error> {
     clock_settime(ClockId::Realtime, time).map_err(at("set the clock"))
 }
 
-/// Gives the container of `main` its new names. The container is frozen meanwhile; a process that it has not is sent into it.
-pub fn rename(main: Pid, identity: &Identity) -> Result<(), Error> {
-    let container = pidfd_open(main, PidfdFlags::empty()).map_err(at("open the container's process"))?;
-    let mut outcome = Ok(());
-    let mut envoy = || {
-        let spaces = ThreadNameSpaceType::MOUNT | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME;
-        outcome = match move_into_thread_name_spaces(container.as_fd(), spaces) {
-            Ok(()) => rename_here(identity),
-            // It has ended.
-            Err(Errno::SRCH) => Ok(()),
-            Err(errno) => Err(at("enter the container")(errno)),
-        };
-    };
-    let envoy = sys::vfork(0, None, &mut envoy).map_err(at("clone a process"))?;
-    let _ = waitpid(Some(envoy), WaitOptions::empty());
-    outcome
-}
-
-fn rename_here(identity: &Identity) -> Result<(), Error> {
+/// Gives the container its new names, while it is frozen.
+pub fn rename(identity: &Identity) -> Result<(), Error> {
     if let Some(hostname) = &identity.hostname {
+        // The agent is in the container's namespace.
         sethostname(hostname.as_bytes()).map_err(at("set the host's name"))?;
     }
-    // What the container has made of its files since it was started is its own affair: it may have mounted anything there.
-    if let Err(error) = write_machine_id(&identity.machine_id) {
+    // What the container has made of its files since it was started is its own affair.
+    if let Err(error) = rewrite_machine_id(&identity.machine_id) {
         crate::log(&alloc::format!("vmm-agent: {error}\n"));
     }
     Ok(())
+}
+
+/// Writes the machine id into the container's root as the agent has it mounted, so that no process has to be sent there. Symbolic links of
+/// the container's lead nowhere else, and what else may have taken the file's place is left alone.
+fn rewrite_machine_id(id: &[u8; 16]) -> Result<(), Error> {
+    let failed = at("write the container's /etc/machine-id");
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = match openat(CWD, IMAGE, flags, Mode::empty()) {
+        Ok(root) => root,
+        Err(errno) => return Err(failed(errno)),
+    };
+    let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let written = match openat2(&root, c"etc/machine-id", flags, Mode::empty(), resolve) {
+        Ok(file) => fstat(&file).and_then(|found| match FileType::from_raw_mode(found.st_mode) {
+            FileType::RegularFile => {
+                ftruncate(&file, 0).and_then(|()| write(&file, &machine_id_line(id)).map(drop))
+            }
+            _ => Ok(()),
+        }),
+        // A symbolic link, a pipe that nobody reads.
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::NXIO) => Ok(()),
+        Err(errno) => Err(errno),
+    };
+    written.map_err(failed)
 }
 
 /// Writes the container's machine id where its image keeps one. To be called in the container's root.

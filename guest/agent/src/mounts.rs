@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! initramfs    the bottom, of which only /dev/console is left
-//! └ tmpfs      the agent's root: /dev (all devices), /upper and /work (what the container changes), /cgroup, /pts
+//! └ tmpfs      the agent's root: /dev (all devices), /upper and /work (what the container changes), /cgroup, /workshop
 //!   └ image    /image, read-only
 //!     └ overlay  over it: the container's root
 //! ```
@@ -15,8 +15,8 @@
 //! In the container's namespace, a copy of the agent's, the overlay then lies on the initramfs and the tmpfs is gone. The
 //! agent's mounts are private, since nobody shared them.
 //!
-//! [`cover_initramfs`] and [`make_directories`] run in the agent before the host is greeted, [`make_overlay`] once there is an image, and
-//! everything else in the child.
+//! [`cover_initramfs`], [`make_directories`] and [`Furniture::make`] run in the agent before the host is greeted, [`make_overlay`] once there
+//! is an image, and everything else in the child.
 
 use alloc::ffi::CString;
 use alloc::format;
@@ -24,7 +24,7 @@ use core::ffi::CStr;
 
 use protocol::Disk;
 use rustix::fd::OwnedFd;
-use rustix::fs::{CWD, Dev, FileType, Mode, makedev, mkdir, mknodat, stat, symlink, unlink};
+use rustix::fs::{CWD, Dev, FileType, Mode, OFlags, makedev, mkdir, mknodat, openat, stat, symlink, unlink};
 use rustix::io::Errno;
 use rustix::mount::{
     MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, mount_bind, move_mount, open_tree,
@@ -35,10 +35,10 @@ use rustix::process::{chdir, chroot, pivot_root, umask};
 use crate::error::{Error, at};
 use crate::image::{IMAGE, disk_path};
 
-/// Where the agent keeps the terminal's devpts until the child takes it.
-pub const TERMINALS: &CStr = c"/pts";
+/// Where the agent builds what the child mounts.
+const WORKSHOP: &CStr = c"/workshop";
 
-/// A file system that every container has.
+/// A file system in the container's `/dev`.
 struct Mount {
     fstype: &'static CStr,
     target: &'static CStr,
@@ -49,57 +49,96 @@ struct Mount {
 const NOSUID: MountFlags = MountFlags::NOSUID;
 const PLAIN: MountFlags = NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
 
-/// As in Docker's default specification, in this order. An option costs as much as a small system call, so none that says what is so
+/// What is in `/dev`, as in Docker's default specification. An option costs as much as a small system call, so none that says what is so
 /// anyway: a tmpfs has mode 1777.
-const MOUNTS: [Mount; 5] = [
-    Mount { fstype: c"proc", target: c"/proc", flags: PLAIN, data: c"" },
-    Mount { fstype: c"sysfs", target: c"/sys", flags: PLAIN.union(MountFlags::RDONLY), data: c"" },
-    Mount { fstype: c"tmpfs", target: c"/dev", flags: NOSUID, data: c"mode=755" },
-    Mount { fstype: c"tmpfs", target: c"/dev/shm", flags: PLAIN, data: c"size=65536k" },
-    Mount { fstype: c"mqueue", target: c"/dev/mqueue", flags: PLAIN, data: c"" },
+const DEVICE_MOUNTS: [Mount; 3] = [
+    Mount { fstype: c"tmpfs", target: c"/workshop/shm", flags: PLAIN, data: c"size=65536k" },
+    Mount { fstype: c"mqueue", target: c"/workshop/mqueue", flags: PLAIN, data: c"" },
+    // `tty` is group 5 everywhere.
+    Mount {
+        fstype: c"devpts",
+        target: c"/workshop/pts",
+        flags: NOSUID.union(MountFlags::NOEXEC),
+        data: c"newinstance,ptmxmode=0666,mode=0620,gid=5",
+    },
 ];
 
 /// Character devices that every container has: name, major and minor number.
 const DEVICES: [(&CStr, u32, u32); 6] = [
-    (c"/dev/null", 1, 3),
-    (c"/dev/zero", 1, 5),
-    (c"/dev/full", 1, 7),
-    (c"/dev/random", 1, 8),
-    (c"/dev/urandom", 1, 9),
-    (c"/dev/tty", 5, 0),
+    (c"/workshop/null", 1, 3),
+    (c"/workshop/zero", 1, 5),
+    (c"/workshop/full", 1, 7),
+    (c"/workshop/random", 1, 8),
+    (c"/workshop/urandom", 1, 9),
+    (c"/workshop/tty", 5, 0),
 ];
 
 const LINKS: [(&CStr, &CStr); 5] = [
-    (c"/proc/self/fd", c"/dev/fd"),
-    (c"/proc/self/fd/0", c"/dev/stdin"),
-    (c"/proc/self/fd/1", c"/dev/stdout"),
-    (c"/proc/self/fd/2", c"/dev/stderr"),
-    (c"pts/ptmx", c"/dev/ptmx"),
+    (c"/proc/self/fd", c"/workshop/fd"),
+    (c"/proc/self/fd/0", c"/workshop/stdin"),
+    (c"/proc/self/fd/1", c"/workshop/stdout"),
+    (c"/proc/self/fd/2", c"/workshop/stderr"),
+    (c"pts/ptmx", c"/workshop/ptmx"),
 ];
 
-/// Builds the container's tree and makes it the root. `terminal` says that the agent has left a devpts at
-/// [`TERMINALS`]. Leaves the working directory at the root.
-pub fn enter_root(disks: &[Disk], terminal: bool) -> Result<(), Error> {
+/// What a container has of file systems whatever it is, made before the host is greeted and so once for all copies of a template: `/sys`,
+/// and `/dev` with all that is in it. Mounted nowhere until the child does it. Not `/proc`, which shows whoever mounts it its own processes.
+pub struct Furniture {
+    sys: OwnedFd,
+    dev: OwnedFd,
+}
+
+impl Furniture {
+    /// Makes it, in the IPC namespace that the container will have.
+    pub fn make() -> Result<Self, Error> {
+        make_directory(WORKSHOP)?;
+        mount_at(c"sysfs", WORKSHOP, PLAIN | MountFlags::RDONLY, c"")?;
+        let sys = detach()?;
+        mount_at(c"tmpfs", WORKSHOP, NOSUID, c"mode=755")?;
+        for Mount { fstype, target, flags, data } in &DEVICE_MOUNTS {
+            make_directory(target)?;
+            mount_at(fstype, target, *flags, data)?;
+        }
+        for (path, major, minor) in DEVICES {
+            make_node(path, FileType::CharacterDevice, 0o666, makedev(major, minor))?;
+        }
+        for (content, path) in LINKS {
+            symlink(content, path).map_err(|errno| failed("link", path)(errno))?;
+        }
+        Ok(Self { sys, dev: detach()? })
+    }
+
+    /// The master of the container's terminal.
+    pub fn open_terminal(&self, flags: OFlags) -> rustix::io::Result<OwnedFd> {
+        openat(&self.dev, c"pts/ptmx", flags, Mode::empty())
+    }
+}
+
+/// What is mounted at [`WORKSHOP`], to be mounted elsewhere by its descriptor.
+fn detach() -> Result<OwnedFd, Error> {
+    let flags =
+        OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::AT_RECURSIVE;
+    let tree =
+        open_tree(CWD, WORKSHOP, flags).map_err(|errno| failed("open the tree of", WORKSHOP)(errno))?;
+    unmount(WORKSHOP, UnmountFlags::DETACH).map_err(|errno| failed("unmount", WORKSHOP)(errno))?;
+    Ok(tree)
+}
+
+/// Builds the container's tree and makes it the root. `terminal` says that a terminal was opened in its `/dev/pts`. Leaves the working
+/// directory at the root.
+pub fn enter_root(furniture: &Furniture, disks: &[Disk], terminal: bool) -> Result<(), Error> {
     let disks = disks.iter().map(find_disk).collect::<Result<alloc::vec::Vec<_>, _>>()?;
-    let terminals = if terminal { Some(detach_terminals()?) } else { None };
     pivot()?;
     // From here on every path, and so every symbolic link of the image, is inside the container.
-    for Mount { fstype, target, flags, data } in &MOUNTS {
-        if target.to_bytes().starts_with(b"/dev/") {
-            // In a /dev that is empty as yet.
-            make_directory(target)?;
-        }
-        mount_at(fstype, target, *flags, data)?;
-    }
-    make_terminals(terminals)?;
-    for (path, major, minor) in DEVICES {
-        make_node(path, FileType::CharacterDevice, 0o666, makedev(major, minor))?;
+    mount_at(c"proc", c"/proc", PLAIN, c"")?;
+    place(&furniture.sys, c"/sys")?;
+    place(&furniture.dev, c"/dev")?;
+    if terminal {
+        make_node(c"/dev/console", FileType::RegularFile, 0o600, 0)?;
+        mount_bind(FIRST_TERMINAL, c"/dev/console").map_err(at("mount /dev/console"))?;
     }
     for (path, device) in disks {
         make_node(&path, FileType::BlockDevice, 0o660, device)?;
-    }
-    for (content, path) in LINKS {
-        symlink(content, path).map_err(|errno| failed("link", path)(errno))?;
     }
     Ok(())
 }
@@ -113,12 +152,6 @@ fn find_disk(disk: &Disk) -> Result<(CString, Dev), Error> {
     } else {
         Err(Error::Request(format!("/dev/{} is not a disk", disk.device)))
     }
-}
-
-/// A copy of the agent's devpts, to be mounted elsewhere by its descriptor. What is at [`TERMINALS`] itself goes with the agent's root.
-fn detach_terminals() -> Result<OwnedFd, Error> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::OPEN_TREE_CLONE;
-    open_tree(CWD, TERMINALS, flags).map_err(at("open the terminal's devpts"))
 }
 
 /// Leaves the initramfs for an empty tmpfs, which is the root and the working directory then. The agent's umask is 0 from here on: modes
@@ -156,23 +189,8 @@ fn pivot() -> Result<(), Error> {
     unmount(c".", UnmountFlags::DETACH).map_err(at("unmount the old root"))
 }
 
-/// Puts the terminal's devpts in its place, or a new one, and `/dev/console` on the terminal.
-fn make_terminals(terminals: Option<OwnedFd>) -> Result<(), Error> {
-    make_directory(c"/dev/pts")?;
-    let Some(tree) = terminals else {
-        return mount_at(c"devpts", c"/dev/pts", NOSUID | MountFlags::NOEXEC, DEVPTS_OPTIONS);
-    };
-    move_mount(&tree, c"", CWD, c"/dev/pts", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
-        .map_err(at("mount /dev/pts"))?;
-    make_node(c"/dev/console", FileType::RegularFile, 0o600, 0)?;
-    mount_bind(FIRST_TERMINAL, c"/dev/console").map_err(at("mount /dev/console"))
-}
-
 /// The terminal of a devpts in which one was opened.
 pub const FIRST_TERMINAL: &CStr = c"/dev/pts/0";
-
-/// `tty` is group 5 everywhere.
-pub const DEVPTS_OPTIONS: &CStr = c"newinstance,ptmxmode=0666,mode=0620,gid=5";
 
 /// Mounts, and makes the directory if that is what the image lacks.
 fn mount_at(fstype: &CStr, target: &CStr, flags: MountFlags, data: &CStr) -> Result<(), Error> {
@@ -180,6 +198,17 @@ fn mount_at(fstype: &CStr, target: &CStr, flags: MountFlags, data: &CStr) -> Res
     if result == Err(Errno::NOENT) {
         make_directory(target)?;
         result = mount(fstype, target, fstype, flags, data);
+    }
+    result.map_err(|errno| failed("mount", target)(errno))
+}
+
+/// Mounts a detached tree, and makes the directory if that is what the image lacks.
+fn place(tree: &OwnedFd, target: &CStr) -> Result<(), Error> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_SYMLINKS;
+    let mut result = move_mount(tree, c"", CWD, target, flags);
+    if result == Err(Errno::NOENT) {
+        make_directory(target)?;
+        result = move_mount(tree, c"", CWD, target, flags);
     }
     result.map_err(|errno| failed("mount", target)(errno))
 }

@@ -215,7 +215,7 @@ impl<'a> Running<'a> {
         identity::reseed(&identity.seed)?;
         self.machine.set_clock(identity.clock)?;
         if self.status.is_none() {
-            identity::rename(self.main, identity)?;
+            identity::rename(identity)?;
         }
         if let Some(network) = &identity.network {
             network::configure(network)?;

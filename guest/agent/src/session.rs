@@ -8,6 +8,7 @@ use crate::container::{self, Plan};
 use crate::control::Control;
 use crate::error::{Error, at};
 use crate::freezer::Freezer;
+use crate::mounts::Furniture;
 use crate::relay::Running;
 use crate::{identity, network, stdio, sys};
 
@@ -62,6 +63,8 @@ fn wait_for(control: &Control, timeout: Timespec) -> bool {
 fn session(control: &mut Control, machine: &dyn Machine) -> Result<ExitStatus, Error> {
     machine.prepare()?;
     network::start()?;
+    sys::unshare_names().map_err(at("unshare names"))?;
+    let furniture = Furniture::make()?;
     // Only a snapshot of the running container needs it.
     let freezer = Freezer::new().ok();
     control.send(&FromAgent::Hello { version: PROTOCOL_VERSION })?;
@@ -80,10 +83,13 @@ fn session(control: &mut Control, machine: &dyn Machine) -> Result<ExitStatus, E
     for disk in &start.disks {
         machine.wait_for_disk(&disk.device)?;
     }
-    let (ends, streams) = stdio::prepare(&start, machine)?;
+    let (ends, streams) = stdio::prepare(&start, machine, &furniture)?;
     let cgroup = freezer.as_ref().map(Freezer::cgroup);
-    let plan = Plan { start: &start, ends: &ends, machine_id: &begin.machine_id, cgroup };
+    let plan =
+        Plan { start: &start, ends: &ends, machine_id: &begin.machine_id, furniture: &furniture, cgroup };
     let main = container::spawn(&plan)?;
+    // The container may unmount what it has, so nothing of ours is to be in it.
+    drop(furniture);
     let terminal = ends.into_terminal();
     let children = sys::child_signals().map_err(at("make a descriptor for signals"))?;
     control.send(&FromAgent::Started { pid: main.as_raw_nonzero().get().unsigned_abs() })?;

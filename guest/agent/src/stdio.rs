@@ -11,16 +11,15 @@ use alloc::vec::Vec;
 use protocol::{Start, StreamHeader, StreamKind, WindowSize};
 use rustix::event::PollFlags;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{CWD, Mode, OFlags, mkdir, openat};
+use rustix::fs::OFlags;
 use rustix::io::{Errno, read, write};
-use rustix::mount::{MountFlags, mount};
 use rustix::net::{SendFlags, Shutdown, send, shutdown};
 use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
 use crate::error::{Error, at};
-use crate::mounts::{DEVPTS_OPTIONS, TERMINALS};
+use crate::mounts::Furniture;
 use crate::session::Machine;
 use crate::sys;
 
@@ -59,13 +58,17 @@ impl Ends {
 }
 
 /// Makes the container's stdio and begins to connect it.
-pub fn prepare(start: &Start, machine: &dyn Machine) -> Result<(Ends, Vec<Stream>), Error> {
+pub fn prepare(
+    start: &Start,
+    machine: &dyn Machine,
+    furniture: &Furniture,
+) -> Result<(Ends, Vec<Stream>), Error> {
     let stream = |kind, local| {
         let socket = machine.connect_stream().map_err(at("connect a stream to the host"))?;
         Ok::<_, Error>(Stream::new(StreamHeader { token: start.token, kind }, socket, local))
     };
     if let Some(size) = start.terminal {
-        let (master, slave) = open_terminal(size)?;
+        let (master, slave) = open_terminal(furniture, size)?;
         return Ok((Ends::Terminal(slave), Vec::from([stream(StreamKind::Terminal, master)?])));
     }
     let mut streams = Vec::with_capacity(3);
@@ -84,13 +87,10 @@ pub fn prepare(start: &Start, machine: &dyn Machine) -> Result<(Ends, Vec<Stream
     Ok((Ends::Pipes { stdin, stdout, stderr }, streams))
 }
 
-/// A terminal in a devpts of its own, which the child then mounts as the container's: master and slave.
-fn open_terminal(size: WindowSize) -> Result<(OwnedFd, OwnedFd), Error> {
-    mkdir(TERMINALS, Mode::RWXU).map_err(at("mkdir /pts"))?;
-    let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
-    mount(c"devpts", TERMINALS, c"devpts", flags, DEVPTS_OPTIONS).map_err(at("mount /pts"))?;
+/// A terminal in the container's own devpts: master and slave.
+fn open_terminal(furniture: &Furniture, size: WindowSize) -> Result<(OwnedFd, OwnedFd), Error> {
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let master = openat(CWD, c"/pts/ptmx", flags, Mode::empty()).map_err(at("open a terminal"))?;
+    let master = furniture.open_terminal(flags).map_err(at("open a terminal"))?;
     unlockpt(&master).map_err(at("unlock the terminal"))?;
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let slave = ioctl_tiocgptpeer(&master, flags).map_err(at("open the terminal's other end"))?;

@@ -56,6 +56,12 @@ pub fn unshare_mounts() -> Result<()> {
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }
 }
 
+/// Takes this process to a host name and to System V and POSIX IPC of its own.
+pub fn unshare_names() -> Result<()> {
+    // SAFETY: as above.
+    unsafe { unshare_unsafe(UnshareFlags::NEWUTS | UnshareFlags::NEWIPC) }
+}
+
 /// Makes the cgroup that this process is in the top of all that it can see of them.
 pub fn unshare_cgroup() -> Result<()> {
     // SAFETY: as above.

@@ -55,14 +55,15 @@ fn the_container_is_a_world_of_its_own() {
     let out = &ran.stdout;
     // PID 1, and the subshell, ls and wc.
     assert!(out.starts_with("pid=1 host=box procs="), "{out}");
+    // In the order in which they were made: some before there was a container.
     let mounts = [
-        "/ overlay",
-        "/proc proc",
         "/sys sysfs",
         "/dev tmpfs",
         "/dev/shm tmpfs",
         "/dev/mqueue mqueue",
         "/dev/pts devpts",
+        "/ overlay",
+        "/proc proc",
     ];
     let seen: Vec<_> = out.lines().skip(1).take(mounts.len()).collect();
     assert_eq!(seen, mounts);
