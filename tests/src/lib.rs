@@ -4,6 +4,7 @@
 //! * [`Vmm`] builds a command line and runs it; [`Ended`] is what came of it, [`Running`] one that still runs.
 //! * [`artefacts`] knows where the binary, the kernels and the images are, and who makes them.
 //! * [`kernel`] makes kernels of a few instructions, and bzImages that are broken in a chosen way.
+//! * [`machine`]: machines with a control API, their snapshots and copies.
 //! * [`templates`]: guests start from templates unless they are to be [cold](Vmm::cold).
 //! * [`TapNetwork`] is a network namespace with a TAP in it; [`Terminal`] a pseudo-terminal; [`image`] packs directories.
 //!
@@ -13,6 +14,7 @@
 pub mod artefacts;
 pub mod image;
 pub mod kernel;
+pub mod machine;
 mod network;
 mod process;
 pub mod require;

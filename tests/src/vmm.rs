@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use crate::machine::Api;
 use crate::{Ended, Running, Terminal, artefacts, templates};
 
 /// How long a run may take. Nothing should come near it: hosts that emulate kernel mode boot in seconds, other work on
@@ -83,6 +84,16 @@ impl Vmm {
     /// Has it build the template that it needs where there is none, as a person's `vmm` does. Says so on standard error then.
     pub fn unprepared(self) -> Self {
         self.templates(templates::store())
+    }
+
+    /// With a control API.
+    pub fn api(self, api: &Api) -> Self {
+        self.arg("--api-socket").arg(api.socket())
+    }
+
+    /// With the disk, which the guest may write.
+    pub fn disk(self, disk: &Path) -> Self {
+        self.arg("--disk").arg(disk)
     }
 
     /// Another flag or value.

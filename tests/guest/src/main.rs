@@ -4,6 +4,7 @@ mod hostile;
 mod registers;
 mod stream;
 mod vsock;
+mod witness;
 
 use std::io::{Read, Write, stdin, stdout};
 use std::process::ExitCode;
@@ -11,7 +12,7 @@ use std::process::ExitCode;
 use prober::{Checksum, Pattern};
 
 const USAGE: &str = "prober pattern BYTES | checksum | hog BYTES | fill BYTES | registers | hostile LSTAR PAGE_FAULT [ONLY] | tcp-serve PORT | tcp-send ADDRESS BYTES | vsock-open | vsock-serve PORT | \
-                     vsock-send PORT BYTES";
+                     vsock-send PORT BYTES | witness DISK PORT | changed";
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
@@ -39,6 +40,8 @@ fn main() -> ExitCode {
         ["tcp-send", address, bytes] => number(bytes).and_then(|bytes| stream::send_tcp(address, bytes)),
         ["vsock-serve", port] => number(port).and_then(vsock::serve),
         ["vsock-send", port, bytes] => number(port).and_then(|port| vsock::send(port, number(bytes)?)),
+        ["witness", disk, port] => number(port).and_then(|port| witness::run(disk, port)),
+        ["changed"] => witness::changed(),
         _ => Err(USAGE.into()),
     };
     match outcome {
