@@ -22,7 +22,7 @@ fn pause_resume_and_an_orderly_end() {
     while !api.socket().exists() {
         std::thread::sleep(Duration::from_millis(10));
     }
-    assert!(api.done(&[]).contains("not-started"), "{}", api.done(&[]));
+    assert!(api.done(&[]).contains("created"), "{}", api.done(&[]));
     api.refuses(&["pause"], &["running"]);
     api.done(&["start"]);
     running.wait_for("count: 1\n");

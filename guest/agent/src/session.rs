@@ -80,7 +80,7 @@ fn session(control: &mut Control, machine: &dyn Machine) -> Result<ExitStatus, E
     if let Some(network) = &start.network {
         network::configure(network)?;
     }
-    for disk in &start.disks {
+    for disk in start.disks.iter().filter(|disk| !disk.spare) {
         machine.wait_for_disk(&disk.device)?;
     }
     let (ends, streams) = stdio::prepare(&start, machine, &furniture)?;

@@ -183,8 +183,10 @@ pub struct Start {
 pub struct Disk {
     /// Its name in the container's `/dev`, such as `vdb`.
     pub name: String,
-    /// Its name in the guest's `/dev`: another where some of the guest's disks have no medium. The agent waits for this one's.
+    /// Its name in the guest's `/dev`: another where some of the guest's disks have no medium.
     pub device: String,
+    /// Whether it may get its medium later, or never. Without this the agent waits for it.
+    pub spare: bool,
 }
 
 /// One network interface of the VM.

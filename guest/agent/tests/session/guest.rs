@@ -231,7 +231,7 @@ pub fn shell(script: &str) -> Start {
 }
 
 pub fn disk(name: &str, device: &str) -> Disk {
-    Disk { name: name.into(), device: device.into() }
+    Disk { name: name.into(), device: device.into(), spare: false }
 }
 
 pub fn command(args: &[&str]) -> Start {

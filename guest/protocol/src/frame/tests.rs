@@ -54,7 +54,7 @@ fn identity() -> impl Strategy<Value = Identity> {
 }
 
 fn disk() -> impl Strategy<Value = Disk> {
-    ("vd[a-z]", "vd[a-z]").prop_map(|(name, device)| Disk { name, device })
+    ("vd[a-z]", "vd[a-z]", any::<bool>()).prop_map(|(name, device, spare)| Disk { name, device, spare })
 }
 
 fn start() -> impl Strategy<Value = Start> {

@@ -105,12 +105,15 @@ fn request(args: &RunArgs, config: &MachineConfig) -> anyhow::Result<Request> {
         anyhow::bail!("standard input is not a terminal: leave -t away, or -i");
     }
     let bytes = |text: &std::ffi::OsStr| ByteString(text.as_bytes().to_vec());
-    let disks = config.devices.iter().filter(|d| matches!(d, DeviceConfig::Block(_))).count();
+    let disks = config.devices.iter().filter_map(|device| match device {
+        DeviceConfig::Block(block) => Some(block.path.is_none()),
+        _ => None,
+    });
     // The root comes before them.
     let first = if args.rootfs.is_some() { b'b' } else { b'a' };
-    let disk = |letter| {
+    let disk = |(letter, spare)| {
         let name = format!("vd{}", char::from(letter));
-        Disk { device: name.clone(), name }
+        Disk { device: name.clone(), name, spare }
     };
     Ok(Request {
         root: Root { device: "vda".into(), file_system: String::new() },
@@ -121,7 +124,7 @@ fn request(args: &RunArgs, config: &MachineConfig) -> anyhow::Result<Request> {
         hostname: args.hostname.clone(),
         interactive: args.interactive,
         terminal: args.tty.then(terminal::size),
-        disks: (first..=b'z').take(disks).map(disk).collect(),
+        disks: (first..=b'z').zip(disks).map(disk).collect(),
         network: network(config),
         vsock: args.vsock.is_some(),
     })
