@@ -3,6 +3,7 @@
 //! Nothing here knows KVM, containers or an async runtime. A device sees guest memory, its queues and file
 //! descriptors of the host; interrupts and doorbells are eventfds that somebody else connects to a VM.
 //!
+//! * [`bounded`]: lists in saved state, which may come from anybody.
 //! * [`bus`]: finds the device behind an address, on vCPU threads.
 //! * [`serial`], [`i8042`]: the two legacy devices, served on vCPU threads.
 //! * [`console`]: where the serial port's output goes.
@@ -10,6 +11,7 @@
 //! * [`virtio`]: queue, chain, transport, and a module a device.
 #![deny(clippy::cast_possible_truncation)]
 
+pub mod bounded;
 pub mod bus;
 pub mod console;
 pub mod device_loop;

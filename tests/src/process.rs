@@ -195,6 +195,13 @@ impl Running {
         self.stdin.take()
     }
 
+    /// Whether it runs still.
+    pub fn is_running(&self) -> bool {
+        // Field 3 of a process that has ended and was not waited for is Z; its name, in parentheses, comes before.
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap_or_default();
+        stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z'))
+    }
+
     /// Sends it a signal.
     pub fn signal(&self, signal: Signal) {
         let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).expect("a process id");

@@ -37,6 +37,9 @@ fn main() -> ExitCode {
         terminal::restore();
         before(info);
     }));
+    if let Err(error) = signals::explain_lost_memory() {
+        log::warn!("SIGBUS cannot be caught: {error}");
+    }
     let outcome = match cli.command {
         Some(Command::Ctl(args)) => cmd::ctl::run(&args),
         Some(Command::Restore(args)) => cmd::restore::run(&args, &timeline),

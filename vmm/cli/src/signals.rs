@@ -18,6 +18,25 @@ const ENDING: [i32; 4] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM];
 const FORCE_WITHIN: Duration = Duration::from_secs(5);
 const FORCE_COUNT: usize = 3;
 
+/// What is said when mapped memory is gone. The only such files are those of snapshots and templates.
+const GONE: &[u8] = b"vmm: the guest's memory is gone: the memory file of its snapshot or template was cut short, or cannot be read\n";
+
+/// Lets the process end with a reason where the kernel would end it by `SIGBUS`: memory is mapped from a file which somebody cut
+/// short, or whose disk fails. Nothing can prevent that: a mapping has no lock, and who owns the file may write it.
+///
+/// # Errors
+/// When the host refuses the handler.
+pub fn explain_lost_memory() -> io::Result<()> {
+    let explain = || {
+        terminal::restore_in_handler();
+        let _ = rustix::io::write(rustix::stdio::stderr(), GONE);
+        // SAFETY: ends the process; runs no code of ours, which may hold locks.
+        unsafe { libc::_exit(exit_code::VMM.into()) }
+    };
+    // SAFETY: what it does is allowed in a signal handler (signal-safety(7)): an attempt at a lock, an ioctl, a write, an exit.
+    unsafe { signal_hook::low_level::register(signal_hook::consts::SIGBUS, explain) }.map(drop)
+}
+
 /// What to do about a signal.
 #[derive(Debug, PartialEq, Eq)]
 enum Action {

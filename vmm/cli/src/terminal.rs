@@ -56,3 +56,12 @@ pub fn restore() {
         let _ = tcsetattr(stdin(), OptionalActions::Drain, &before);
     }
 }
+
+/// As [`restore`], in a signal handler: waits for nobody, and frees nothing.
+pub fn restore_in_handler() {
+    if let Ok(before) = BEFORE.try_lock()
+        && let Some(before) = before.as_ref()
+    {
+        let _ = tcsetattr(stdin(), OptionalActions::Now, before);
+    }
+}

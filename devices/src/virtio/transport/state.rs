@@ -10,6 +10,9 @@ use virtio_queue::{Queue as Ring, QueueT};
 use crate::device_loop::LoopError;
 use crate::virtio::device::{DeviceKind, DeviceState, StateError};
 
+/// Far more than any device has.
+const MOST_QUEUES: usize = 64;
+
 /// Everything about one device and the registers in front of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TransportState {
@@ -43,6 +46,7 @@ pub struct NegotiationState {
     /// The queue that the queue registers mean.
     pub selected: u32,
     /// All queues. A device that failed has none: its rings were lost with it.
+    #[serde(deserialize_with = "crate::bounded::list::<_, _, MOST_QUEUES>")]
     pub queues: Vec<QueueState>,
 }
 

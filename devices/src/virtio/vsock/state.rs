@@ -14,6 +14,9 @@ use super::device::{BUFFER_BUDGET, MAX_CONNECTIONS};
 use super::packet::{HOST_CID, Header, Op, PORT_ANY, Ports, shutdown};
 use super::streams::{FIRST_HOST_PORT, MAX_REPLIES};
 
+/// Each reply, and each connection that ends, is one.
+const MOST_RESETS: usize = MAX_REPLIES + MAX_CONNECTIONS;
+
 /// What a snapshot carries of a socket device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VsockState {
@@ -24,8 +27,10 @@ pub struct VsockState {
     /// The port of the host that the next connection into the guest gets.
     pub next_port: u32,
     /// Connections to listeners of the process, in the order in which they began.
+    #[serde(deserialize_with = "crate::bounded::list::<_, _, MAX_CONNECTIONS>")]
     pub connections: Vec<ConnectionState>,
     /// Resets that the guest has yet to get.
+    #[serde(deserialize_with = "crate::bounded::list::<_, _, MOST_RESETS>")]
     pub resets: Vec<ResetState>,
 }
 
@@ -154,10 +159,8 @@ impl VsockState {
         if self.connections.len() > MAX_CONNECTIONS {
             return Err(format!("{} vsock connections, {MAX_CONNECTIONS} at most", self.connections.len()));
         }
-        // Each reply, and each connection that ends, is one.
-        let most_resets = MAX_REPLIES + MAX_CONNECTIONS;
-        if self.resets.len() > most_resets {
-            return Err(format!("{} vsock resets, {most_resets} at most", self.resets.len()));
+        if self.resets.len() > MOST_RESETS {
+            return Err(format!("{} vsock resets, {MOST_RESETS} at most", self.resets.len()));
         }
         let to_host: usize = self.connections.iter().map(|c| c.to_host.len()).sum();
         let to_guest: usize = self.connections.iter().map(|c| c.to_guest.len()).sum();

@@ -12,13 +12,15 @@ use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 use rustix::io::Errno;
 
 use super::manifest::{Fault, HostKind, MAX_BYTES, Manifest, Parent};
-use super::{MachineState, SnapshotError, memory};
+pub use super::place::remove;
+use super::place::{occupied, open, remove_abandoned, remove_replaced};
+use super::{MachineState, SnapshotError, memory, trust};
 
 /// File names.
 pub const MANIFEST: &str = "manifest";
-const STATE: &str = "state";
-const MEMORY: &str = "memory";
-const LOCK: &str = "lock";
+pub(super) const STATE: &str = "state";
+pub(super) const MEMORY: &str = "memory";
+pub(super) const LOCK: &str = "lock";
 /// Longest `state`: vsock may have 64 MiB of a guest's bytes in its buffers.
 const MAX_STATE: u64 = 256 << 20;
 /// Most snapshots on top of each other: a whole one, and diffs.
@@ -98,6 +100,10 @@ impl Draft {
         let encode =
             |e: postcard::Error| SnapshotError::Device(format!("the state cannot be written down: {e}"));
         let bytes = postcard::to_stdvec(state).map_err(encode)?;
+        if bytes.len() as u64 > MAX_STATE {
+            let what = format!("the state has {} MiB, more than can be read again", bytes.len() >> 20);
+            return Err(SnapshotError::Device(what));
+        }
         self.write(STATE, &bytes).map_err(failed(&self.target, "cannot write the state"))?;
         Ok(super::manifest::StateFile { bytes: bytes.len() as u64, crc: crc32fast::hash(&bytes) })
     }
@@ -119,17 +125,18 @@ impl Draft {
         }
         File::open(&self.partial)?.sync_all()?;
         match renameat_with(CWD, &self.partial, CWD, &self.target, RenameFlags::NOREPLACE) {
-            Ok(()) => fs::remove_file(self.target.join(LOCK))?,
+            Ok(()) => {}
             Err(Errno::EXIST) => {
                 if occupied(&self.target)? {
                     return Err(Errno::EXIST.into());
                 }
                 renameat_with(CWD, &self.partial, CWD, &self.target, RenameFlags::EXCHANGE)?;
-                fs::remove_file(self.target.join(LOCK))?;
-                fs::remove_dir_all(&self.partial)?;
+                // The older one, under our name. If it stays, the next who saves here removes it.
+                remove_replaced(&self.partial);
             }
             Err(error) => return Err(error.into()),
         }
+        let _ = fs::remove_file(self.target.join(LOCK));
         self.target.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
     }
 
@@ -148,31 +155,6 @@ impl Drop for Draft {
 
 fn create(path: &Path) -> io::Result<File> {
     fs::OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)
-}
-
-/// Whether something is at `target` that is neither a snapshot nor an empty directory.
-fn occupied(target: &Path) -> io::Result<bool> {
-    match fs::symlink_metadata(target) {
-        Ok(found) if !found.is_dir() => Ok(true),
-        Ok(_) => Ok(!target.join(MANIFEST).exists() && fs::read_dir(target)?.next().is_some()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
-/// Removes directories that a killed vmm was writing.
-fn remove_abandoned(parent: &Path, prefix: &str) {
-    let Ok(entries) = fs::read_dir(parent) else { return };
-    for entry in entries.flatten().filter(|e| e.file_name().to_string_lossy().starts_with(prefix)) {
-        let abandoned = match File::open(entry.path().join(LOCK)) {
-            Ok(lock) => flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok(),
-            // Not locked yet, or not ours.
-            Err(_) => false,
-        };
-        if abandoned {
-            let _ = fs::remove_dir_all(entry.path());
-        }
-    }
 }
 
 fn unique() -> u32 {
@@ -205,13 +187,22 @@ pub struct Layer {
 /// # Errors
 /// When there is none, or its manifest is not one that this vmm reads.
 pub fn manifest(directory: &Path) -> Result<Manifest, SnapshotError> {
-    let bytes = match read(directory, MANIFEST, MAX_BYTES) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Err(SnapshotError::None { path: directory.into() });
-        }
-        Err(error) => return Err(failed(directory, "cannot read its manifest")(error)),
-    };
+    read_manifest(directory, false)
+}
+
+/// As [`manifest`]; with `trust`, only if nobody else could have written it.
+fn read_manifest(directory: &Path, trust: bool) -> Result<Manifest, SnapshotError> {
+    let what = "cannot read its manifest";
+    let file = open(&directory.join(MANIFEST)).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => SnapshotError::None { path: directory.into() },
+        _ => failed(directory, what)(error),
+    })?;
+    if trust {
+        let above = File::open(directory).map_err(failed(directory, what))?;
+        trusted(directory, &above, "the directory", what)?;
+        trusted(directory, &file, MANIFEST, what)?;
+    }
+    let bytes = read(file, MAX_BYTES).map_err(failed(directory, what))?;
     Manifest::decode(&bytes).map_err(|fault| match fault {
         Fault::Version(found) => SnapshotError::Version { path: directory.into(), found },
         Fault::Damaged(fault) => SnapshotError::Damaged { path: directory.into(), file: MANIFEST, fault },
@@ -224,7 +215,7 @@ impl Loaded {
     /// # Errors
     /// [`SnapshotError`], with the reason.
     pub fn open(directory: &Path, here: &HostKind) -> Result<Self, SnapshotError> {
-        let manifest = manifest(directory)?;
+        let manifest = read_manifest(directory, true)?;
         if let Some(reason) = manifest.host.unfit(here) {
             return Err(SnapshotError::Unfit { path: directory.into(), reason });
         }
@@ -236,7 +227,7 @@ impl Loaded {
                 let reason = format!("it has more than {MAX_CHAIN} parents");
                 return Err(SnapshotError::Unfit { path: directory.into(), reason });
             }
-            let found = self::manifest(&above)?;
+            let found = read_manifest(&above, true)?;
             if found.id != id || found.memory.size != manifest.memory.size {
                 let reason = format!("its parent is no longer in {}", above.display());
                 return Err(SnapshotError::Unfit { path: directory.into(), reason });
@@ -283,14 +274,15 @@ fn damaged(path: &Path, file: &'static str, fault: &str) -> SnapshotError {
 }
 
 fn open_layer(directory: &Path, manifest: &Manifest) -> Result<(MachineState, Layer), SnapshotError> {
-    let bytes =
-        read(directory, STATE, MAX_STATE).map_err(failed(directory, "cannot read the file called state"))?;
+    let what = "cannot read the file called state";
+    let file = open_trusted(directory, STATE, what)?;
+    let bytes = read(file, MAX_STATE).map_err(failed(directory, what))?;
     if bytes.len() as u64 != manifest.state.bytes || crc32fast::hash(&bytes) != manifest.state.crc {
         return Err(damaged(directory, STATE, "its length or checksum is not what the manifest says"));
     }
     let state: MachineState =
         postcard::from_bytes(&bytes).map_err(|e| damaged(directory, STATE, &e.to_string()))?;
-    let file = open(&directory.join(MEMORY)).map_err(failed(directory, "cannot open its memory"))?;
+    let file = open_trusted(directory, MEMORY, "cannot open its memory")?;
     let belongs = memory::belongs(&file, manifest.id, manifest.memory.size);
     if !belongs.map_err(failed(directory, "cannot read its memory"))? {
         return Err(damaged(directory, MEMORY, "it has another length, or is another snapshot's"));
@@ -299,50 +291,29 @@ fn open_layer(directory: &Path, manifest: &Manifest) -> Result<(MachineState, La
         return Err(damaged(directory, STATE, "it does not say which pages it has"));
     }
     let pages = state.changed.clone();
+    if pages.as_ref().is_some_and(|runs| !memory::are_pages_of(runs, manifest.memory.size)) {
+        return Err(damaged(directory, STATE, "it lists pages that are none, or twice"));
+    }
     Ok((state, Layer { file, pages }))
 }
 
-/// Opens a regular file and nothing else: a pipe in its place must not hold us up.
-fn open(path: &Path) -> io::Result<File> {
-    let file = fs::OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW | libc::O_CLOEXEC)
-        .open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
-    }
+/// Opens a file of a snapshot that is to be restored, if nobody else could have written it.
+fn open_trusted(directory: &Path, name: &str, what: &'static str) -> Result<File, SnapshotError> {
+    let file = open(&directory.join(name)).map_err(failed(directory, what))?;
+    trusted(directory, &file, name, what)?;
     Ok(file)
 }
 
-fn read(directory: &Path, name: &str, most: u64) -> io::Result<Vec<u8>> {
-    let file = open(&directory.join(name))?;
+fn trusted(directory: &Path, file: &File, name: &str, what: &'static str) -> Result<(), SnapshotError> {
+    let checked = trust::check(file, name).map_err(failed(directory, what))?;
+    checked.map_err(|fault| SnapshotError::Untrusted { path: directory.into(), fault })
+}
+
+fn read(file: File, most: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     file.take(most + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > most {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "larger than any that was ever written"));
     }
     Ok(bytes)
-}
-
-/// Removes the snapshot in `directory`, and nothing that is not a snapshot's.
-///
-/// # Errors
-/// When it is not a snapshot, or the file system refuses.
-pub fn remove(directory: &Path) -> Result<(), SnapshotError> {
-    let removing = "cannot be removed";
-    if !directory.join(MANIFEST).is_file() {
-        return Err(SnapshotError::None { path: directory.into() });
-    }
-    let entries = fs::read_dir(directory).map_err(failed(directory, removing))?;
-    // The manifest goes first: what is left of a removal that was cut short is no snapshot any more.
-    fs::remove_file(directory.join(MANIFEST)).map_err(failed(directory, removing))?;
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        let ours = [STATE, MEMORY, LOCK].iter().any(|ours| name == *ours)
-            || name.to_str().is_some_and(super::disks::is_disk_file);
-        if ours {
-            fs::remove_file(entry.path()).map_err(failed(directory, removing))?;
-        }
-    }
-    fs::remove_dir(directory).map_err(failed(directory, removing))
 }

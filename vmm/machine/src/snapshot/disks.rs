@@ -159,6 +159,14 @@ pub enum DiskError {
         /// What is wrong.
         what: &'static str,
     },
+    /// Somebody else could have written a file of the snapshot.
+    #[error("snapshot's disk {}: {fault}", path.display())]
+    Untrusted {
+        /// The file.
+        path: PathBuf,
+        /// Who.
+        fault: super::trust::Untrusted,
+    },
     /// The snapshot contradicts itself.
     #[error("snapshot's disk {slot}: {what}: the snapshot is damaged")]
     Inconsistent {
@@ -371,6 +379,9 @@ fn open_inside(path: &Path) -> Result<File, DiskError> {
     if !rustix::fs::FileType::from_raw_mode(metadata.st_mode).is_file() {
         return Err(DiskError::Damaged { path: path.into(), what: "it is not a regular file" });
     }
+    let trusted = super::trust::check(&file, "it");
+    let trusted = trusted.map_err(|source| DiskError::Io { what: "look at", path: path.into(), source })?;
+    trusted.map_err(|fault| DiskError::Untrusted { path: path.into(), fault })?;
     match flock(&file, FlockOperation::NonBlockingLockShared) {
         Ok(()) => Ok(file),
         Err(Errno::WOULDBLOCK) => Err(DiskError::Written { path: path.into() }),

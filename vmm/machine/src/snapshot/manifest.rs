@@ -1,15 +1,17 @@
 //! The file that says what a snapshot is. Pure, but for [`HostKind::here`].
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use super::{SnapshotId, disks::SavedDisk};
-use crate::config::MachineConfig;
+use crate::config::{DeviceConfig, MachineConfig};
 use crate::host::{Host, KernelMode};
 
 /// The format that this vmm writes, and the only one that it reads.
 pub const VERSION: u32 = 1;
 /// How the file begins.
-const MAGIC: &str = "vmm-snapshot";
+pub(super) const MAGIC: &str = "vmm-snapshot";
 /// Longest file that is read.
 pub const MAX_BYTES: u64 = 4 << 20;
 
@@ -170,7 +172,33 @@ impl Manifest {
         if line != first_line(json) {
             return Err(damaged("its length or checksum is not what it says"));
         }
-        serde_json::from_slice(json).map_err(|e| Fault::Damaged(e.to_string()))
+        let manifest: Manifest = serde_json::from_slice(json).map_err(|e| Fault::Damaged(e.to_string()))?;
+        manifest.check().map_err(damaged)?;
+        Ok(manifest)
+    }
+
+    /// What is wrong with it although its checksum is right.
+    fn check(&self) -> Result<(), &'static str> {
+        // They are shown to people, on terminals.
+        let plain = |text: &str| text.len() <= 100 && text.bytes().all(|b| (b' '..=b'~').contains(&b));
+        if ![&self.vmm, &self.host.arch, &self.host.boot_id].into_iter().all(|text| plain(text)) {
+            return Err("what it says of vmm or host is not text");
+        }
+        let mut saved = BTreeSet::new();
+        for disk in &self.disks {
+            match self.config.devices.get(disk.slot) {
+                Some(DeviceConfig::Block(block)) if block.read_only == disk.read_only => {}
+                _ => return Err("a disk is not in a slot for such disks"),
+            }
+            if !saved.insert(disk.slot) {
+                return Err("two disks are in one slot");
+            }
+        }
+        // What it does not bring along would be opened by its name, whatever stands there.
+        let missing = self.config.devices.iter().enumerate().any(|(slot, device)| {
+            matches!(device, DeviceConfig::Block(block) if block.path.is_some()) && !saved.contains(&slot)
+        });
+        if missing { Err("a disk is missing") } else { Ok(()) }
     }
 }
 

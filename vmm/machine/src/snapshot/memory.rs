@@ -186,7 +186,7 @@ pub fn checksum(file: &File, size: u64) -> io::Result<u32> {
 /// Those of the file system.
 pub fn belongs(file: &File, id: SnapshotId, size: u64) -> io::Result<bool> {
     let mut found = [0; PAGE_BYTES];
-    if file.metadata()?.len() != size + PAGE {
+    if !size.is_multiple_of(PAGE) || Some(file.metadata()?.len()) != size.checked_add(PAGE) {
         return Ok(false);
     }
     file.read_exact_at(&mut found, size)?;
@@ -224,6 +224,18 @@ pub fn apply_diff(memory: &GuestMemory, file: &File, runs: &[Run]) -> io::Result
         }
     }
     Ok(())
+}
+
+/// Whether `runs` are pages of a memory of `size` bytes, each once and in order, as [`Pages`] lists them. What repeats itself could take
+/// any time to read.
+pub fn are_pages_of(runs: &[Run], size: u64) -> bool {
+    let mut last = 0;
+    runs.iter().all(|run| {
+        let begins = run.count > 0 && run.start >= last;
+        let end = run.start.checked_add(run.count).filter(|end| *end <= size / PAGE);
+        last = end.unwrap_or(u64::MAX);
+        begins && end.is_some()
+    })
 }
 
 /// Bytes of all regions.

@@ -7,7 +7,8 @@
 //! DIR/disk-N     what slot N's writable disk held
 //! ```
 //!
-//! * [`manifest`]: the first file; [`directory`]: the whole, written so that it is there or not, and opened again.
+//! * [`manifest`]: the first file; [`directory`]: the whole, written so that it is there or not, and opened again; [`trust`]: by whom
+//!   it may have been written.
 //! * [`vcpu`], [`vm`]: KVM's state. The devices' own is in crate `devices`.
 //! * [`memory`]: guest memory. [`disks`]: what becomes of the disks. [`chain`]: what a diff needs beneath it.
 //!
@@ -20,17 +21,22 @@ pub mod directory;
 pub mod disks;
 pub mod manifest;
 pub mod memory;
+mod place;
+mod trust;
 pub mod vcpu;
 pub mod vm;
 
 use std::fmt;
 use std::path::PathBuf;
 
+use devices::bounded;
 use devices::serial::SerialState;
 use devices::virtio::transport::TransportState;
 use rustix::rand::{GetRandomFlags, getrandom};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+
+use crate::config::{MAX_DEVICES, MAX_VCPUS};
 
 pub use directory::{Draft, Loaded};
 pub use manifest::Manifest;
@@ -88,18 +94,24 @@ impl TryFrom<String> for SnapshotId {
     }
 }
 
+/// Most runs of pages in a diff: enough for every other page of 64 GiB.
+const MOST_RUNS: usize = 8 << 20;
+
 /// Everything of a machine but its memory and its disks.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct MachineState {
     /// KVM's state of the VM.
     pub vm: vm::VmState,
     /// Of each vCPU, by number.
+    #[serde(deserialize_with = "bounded::list::<_, _, { MAX_VCPUS as usize }>")]
     pub vcpus: Vec<vcpu::VcpuState>,
     /// Of each device, by slot.
+    #[serde(deserialize_with = "bounded::list::<_, _, MAX_DEVICES>")]
     pub devices: Vec<TransportState>,
     /// Of the serial port.
     pub serial: SerialState,
     /// The pages in a diff; `None` for a memory file that has them all.
+    #[serde(deserialize_with = "bounded::optional_list::<_, _, MOST_RUNS>")]
     pub changed: Option<Vec<memory::Run>>,
 }
 
@@ -119,6 +131,8 @@ pub enum SnapshotError {
     Version { path: PathBuf, found: u32 },
     #[error("snapshot {}: {reason}", path.display())]
     Unfit { path: PathBuf, reason: String },
+    #[error("snapshot {}: {fault}", path.display())]
+    Untrusted { path: PathBuf, fault: trust::Untrusted },
     #[error("snapshot {}: {source}", path.display())]
     Disk { path: PathBuf, source: disks::DiskError },
     #[error(transparent)]
@@ -130,3 +144,6 @@ pub enum SnapshotError {
     #[error("the machine is {now}: {wanted}")]
     State { now: &'static str, wanted: &'static str },
 }
+
+#[cfg(test)]
+mod hostile_tests;

@@ -3,6 +3,7 @@
 //! Both happen on the vCPU's own thread or before it has one. The order of the calls is KVM's: what a later call depends on comes
 //! first (Documentation/virt/kvm/api.rst names the dependencies; QEMU and Firecracker keep to the same order).
 
+use devices::bounded;
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
     kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
@@ -17,6 +18,8 @@ use crate::host::pvm::syscall::Entry;
 
 /// `KVM_GET_MSRS` takes so many at a time (`MAX_IO_MSRS` in arch/x86/kvm/x86.c).
 const MOST_MSRS: usize = 256;
+/// Far more registers than KVM lists.
+const MOST_SAVED_MSRS: usize = 4096;
 /// Where the state of the extended features ends at most: far above AMX's, the largest there is.
 const MOST_XSAVE: usize = 64 << 10;
 
@@ -27,14 +30,17 @@ pub struct VcpuState {
     regs: kvm_regs,
     sregs: kvm_sregs,
     /// The XSAVE area: 4 KiB, and what `KVM_CAP_XSAVE2` says is more.
+    #[serde(deserialize_with = "bounded::list::<_, _, { MOST_XSAVE / 4 }>")]
     xsave: Vec<u32>,
     xcrs: kvm_xcrs,
     debug: kvm_debugregs,
     lapic: kvm_lapic_state,
     events: kvm_vcpu_events,
     /// In the order in which KVM lists them.
+    #[serde(deserialize_with = "bounded::list::<_, _, MOST_SAVED_MSRS>")]
     msrs: Vec<kvm_msr_entry>,
     /// What CPUID answers.
+    #[serde(deserialize_with = "bounded::list::<_, _, KVM_MAX_CPUID_ENTRIES>")]
     cpuid: Vec<kvm_cpuid_entry2>,
     /// Ticks a millisecond of its time-stamp counter.
     tsc_khz: u32,
@@ -269,6 +275,25 @@ fn read_msr(vcpu: &VcpuFd, index: u32) -> Option<u64> {
     let mut msrs = Msrs::from_entries(&[kvm_msr_entry { index, ..Default::default() }]).ok()?;
     let count = vcpu.get_msrs(&mut msrs).ok()?;
     msrs.as_slice().first().filter(|_| count == 1).map(|entry| entry.data)
+}
+
+/// One that no vCPU ever had, for tests.
+#[cfg(test)]
+pub(super) fn example() -> VcpuState {
+    VcpuState {
+        mp_state: kvm_mp_state::default(),
+        regs: kvm_regs { rip: 0x10_0000, rflags: 2, ..Default::default() },
+        sregs: kvm_sregs::default(),
+        xsave: vec![0; 1024],
+        xcrs: kvm_xcrs::default(),
+        debug: kvm_debugregs::default(),
+        lapic: kvm_lapic_state::default(),
+        events: kvm_vcpu_events::default(),
+        msrs: vec![kvm_msr_entry { index: TSC, data: 5, ..Default::default() }; 3],
+        cpuid: vec![kvm_cpuid_entry2::default(); 2],
+        tsc_khz: 2_000_000,
+        entry: None,
+    }
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQC
 #[derive(Clone, Serialize, Deserialize)]
 pub struct VmState {
     /// In the order of [`CHIPS`].
+    #[serde(deserialize_with = "devices::bounded::list::<_, _, { CHIPS.len() }>")]
     chips: Vec<kvm_irqchip>,
     /// Only where there is one.
     pit: Option<kvm_pit_state2>,
@@ -63,4 +64,11 @@ impl VmState {
         // Without KVM_CLOCK_REALTIME, by which KVM would add the time that has passed.
         vm.set_clock(&kvm_clock_data { clock: self.clock.clock, ..Default::default() })
     }
+}
+
+/// One that no VM ever had, for tests.
+#[cfg(test)]
+pub(super) fn example() -> VmState {
+    let chips = CHIPS.map(|chip_id| kvm_irqchip { chip_id, ..Default::default() });
+    VmState { chips: chips.into(), pit: None, clock: kvm_clock_data::default(), pvm: None }
 }

@@ -50,7 +50,8 @@ impl Hook {
     /// Whether the vCPU, having just written to [`PORT`], did so in the hook: in kernel mode, right behind its first instruction.
     pub fn hit(&self, regs: &kvm_regs, sregs: &kvm_sregs) -> bool {
         let place = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        super::syscall::cpl(sregs) == 0 && place.is_some_and(|p| regs.rip == p.handler + OUT.len() as u64)
+        super::syscall::cpl(sregs) == 0
+            && place.is_some_and(|p| regs.rip == p.handler.wrapping_add(OUT.len() as u64))
     }
 
     /// Puts the hook where the IDT says the page-fault handler is, if it is not there already.
