@@ -184,7 +184,7 @@ fn forged_snapshots_harm_nobody() {
         let how = spoil(&bad, number, variants, &mut dice, &used);
         let restored = Vmm::new().arg("restore").arg(&bad).limit(Duration::from_secs(40)).start();
         let patience = Instant::now();
-        while patience.elapsed() < Duration::from_millis(700) && restored.is_running() {
+        while patience.elapsed() < Duration::from_millis(400) && restored.is_running() {
             std::thread::sleep(Duration::from_millis(10));
         }
         let ended = end(restored);
@@ -243,8 +243,8 @@ fn forged_manifests_get_nothing_of_the_host() {
         ended
     };
     let named = |json: &mut serde_json::Value| {
-        json["config"]["devices"][0]["path"] = secret.to_str().unwrap().into();
-        json["config"]["devices"][0]["read_only"] = false.into();
+        json["config"]["devices"][0]["block"]["path"] = secret.to_str().unwrap().into();
+        json["config"]["devices"][0]["block"]["read_only"] = false.into();
     };
     // A writable disk that the snapshot does not bring along; then the same without any disks.
     forged(&named).refused(&["manifest is damaged", "disk"]);

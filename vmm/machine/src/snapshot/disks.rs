@@ -264,7 +264,7 @@ pub fn save(disk: &LiveDisk, directory: &Path, lean: Lean) -> Result<Draft, Disk
         // One without a name could not be found again: it is copied.
         (Medium::Raw(file), Some(path)) if disk.read_only => {
             let identity = Identity::of(file).map_err(DiskError::io("look at", path))?;
-            return Ok(draft(identity.size(), Content::Shared { path: path.clone(), identity }, None));
+            return Ok(draft(identity.size(), Content::Shared { path: lasting(path), identity }, None));
         }
         (Medium::Raw(file), _) => seek(file, SeekFrom::End(0)).map_err(DiskError::io("measure", &called))?,
         (Medium::Overlay(overlay), _) => overlay.size(),
@@ -278,10 +278,15 @@ pub fn save(disk: &LiveDisk, directory: &Path, lean: Lean) -> Result<Draft, Disk
         let identity = Identity::of(overlay.base()).map_err(DiskError::io("look at", base))?;
         copy::whole(overlay.delta(), &called, &to)?;
         overlay.write_map(to.file()).map_err(|source| to.fault(source))?;
-        return Ok(draft(size, Content::Changes { file: name, base: base.clone(), identity }, Some(to)));
+        return Ok(draft(size, Content::Changes { file: name, base: lasting(base), identity }, Some(to)));
     }
     let how = copy_for_snapshot(&disk.medium, &called, &to)?;
     Ok(draft(size, Content::Whole { file: name, how }, Some(to)))
+}
+
+/// A path that means the same wherever the snapshot is restored.
+fn lasting(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.into())
 }
 
 /// Copies what a medium holds at this moment into a new, empty file.
