@@ -264,7 +264,7 @@ pub fn save(disk: &LiveDisk, directory: &Path, lean: Lean) -> Result<Draft, Disk
         // One without a name could not be found again: it is copied.
         (Medium::Raw(file), Some(path)) if disk.read_only => {
             let identity = Identity::of(file).map_err(DiskError::io("look at", path))?;
-            return Ok(draft(identity.size(), Content::Shared { path: lasting(path), identity }, None));
+            return Ok(draft(identity.size(), Content::Shared { path: path.clone(), identity }, None));
         }
         (Medium::Raw(file), _) => seek(file, SeekFrom::End(0)).map_err(DiskError::io("measure", &called))?,
         (Medium::Overlay(overlay), _) => overlay.size(),
@@ -278,15 +278,10 @@ pub fn save(disk: &LiveDisk, directory: &Path, lean: Lean) -> Result<Draft, Disk
         let identity = Identity::of(overlay.base()).map_err(DiskError::io("look at", base))?;
         copy::whole(overlay.delta(), &called, &to)?;
         overlay.write_map(to.file()).map_err(|source| to.fault(source))?;
-        return Ok(draft(size, Content::Changes { file: name, base: lasting(base), identity }, Some(to)));
+        return Ok(draft(size, Content::Changes { file: name, base: base.clone(), identity }, Some(to)));
     }
     let how = copy_for_snapshot(&disk.medium, &called, &to)?;
     Ok(draft(size, Content::Whole { file: name, how }, Some(to)))
-}
-
-/// A path that means the same wherever the snapshot is restored.
-fn lasting(path: &Path) -> PathBuf {
-    std::path::absolute(path).unwrap_or_else(|_| path.into())
 }
 
 /// Copies what a medium holds at this moment into a new, empty file.
@@ -384,8 +379,11 @@ fn open_inside(path: &Path) -> Result<File, DiskError> {
     if !rustix::fs::FileType::from_raw_mode(metadata.st_mode).is_file() {
         return Err(DiskError::Damaged { path: path.into(), what: "it is not a regular file" });
     }
-    let trusted = super::trust::check(&file, "it");
-    let trusted = trusted.map_err(|source| DiskError::Io { what: "look at", path: path.into(), source })?;
+    let trusted = super::trust::check(&file, "it").map_err(|source| DiskError::Io {
+        what: "look at",
+        path: path.into(),
+        source,
+    })?;
     trusted.map_err(|fault| DiskError::Untrusted { path: path.into(), fault })?;
     match flock(&file, FlockOperation::NonBlockingLockShared) {
         Ok(()) => Ok(file),

@@ -117,3 +117,7 @@ pub fn remove(directory: &Path) -> Result<(), SnapshotError> {
     }
     fs::remove_dir(directory).map_err(failed)
 }
+
+#[cfg(test)]
+#[path = "place_tests.rs"]
+mod tests;
