@@ -51,10 +51,18 @@ impl Clone {
 
     /// What its process has open, but for what has no identity.
     fn files(&self) -> BTreeSet<PathBuf> {
-        let entries = fs::read_dir(format!("/proc/{}/fd", self.pid)).unwrap().flatten();
-        let links = entries.filter_map(|entry| fs::read_link(entry.path()).ok());
-        links.filter(|link| !link.starts_with("/dev") && !link.starts_with("anon_inode:")).collect()
+        // Descriptors that cargo and the runner of the tests leave to everybody are not vmm's doing.
+        let inherited = files("self");
+        files(&self.pid.to_string()).difference(&inherited).cloned().collect()
     }
+}
+
+fn files(process: &str) -> BTreeSet<PathBuf> {
+    let entries = fs::read_dir(format!("/proc/{process}/fd")).unwrap().flatten();
+    let links = entries.filter_map(|entry| fs::read_link(entry.path()).ok());
+    let nameless =
+        |link: &PathBuf| link.starts_with("/dev") || link.to_string_lossy().starts_with("anon_inode:");
+    links.filter(|link| !nameless(link)).collect()
 }
 
 impl Drop for Clone {
@@ -114,10 +122,15 @@ fn twenty_clones_are_twenty_machines() {
     let wrong: Vec<_> = shared.iter().filter(|link| !read_only(link)).collect();
     assert!(wrong.is_empty(), "two clones share {wrong:?}");
 
-    // They end one by one, and the original does not mind.
+    // They end, leave no sockets, and the original does not mind.
     for clone in &clones {
         Vmm::new().arg("ctl").arg(&clone.socket).args(["shutdown", "--force"]).run().expect(0);
     }
-    assert!(clones.iter().all(|clone| !clone.socket.exists()), "their sockets are gone");
+    // The answer comes before the end.
+    let begun = Instant::now();
+    while let Some(clone) = clones.iter().find(|clone| clone.socket.exists()) {
+        assert!(begun.elapsed() < Duration::from_secs(60), "{} is still there", clone.socket.display());
+        std::thread::sleep(Duration::from_millis(20));
+    }
     assert!(api.done(&[]).contains("running"));
 }

