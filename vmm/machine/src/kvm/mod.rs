@@ -4,3 +4,4 @@ pub mod kick;
 pub mod memory;
 pub mod run;
 pub mod stats;
+pub mod tsc;

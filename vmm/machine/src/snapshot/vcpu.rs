@@ -15,6 +15,7 @@ use thiserror::Error as ThisError;
 use crate::arch::x86_64::cpuid::features;
 use crate::arch::x86_64::msrs::{self, TSC, TSC_DEADLINE};
 use crate::host::pvm::syscall::Entry;
+use crate::kvm::tsc;
 
 /// `KVM_GET_MSRS` takes so many at a time (`MAX_IO_MSRS` in arch/x86/kvm/x86.c).
 const MOST_MSRS: usize = 256;
@@ -44,6 +45,8 @@ pub struct VcpuState {
     cpuid: Vec<kvm_cpuid_entry2>,
     /// Ticks a millisecond of its time-stamp counter.
     tsc_khz: u32,
+    /// What KVM added to the host's time-stamp counter, where kernel mode is emulated.
+    tsc_offset: Option<u64>,
     /// Where its system calls go, on hosts that emulate kernel mode.
     pub entry: Option<Entry>,
 }
@@ -82,6 +85,8 @@ fn kvm(what: &'static str) -> impl FnOnce(Error) -> VcpuStateError {
 #[derive(Debug, Clone)]
 pub struct Registers {
     msrs: Vec<u32>,
+    /// The guest reads the host's time-stamp counter.
+    host_tsc: bool,
     /// Bytes of the XSAVE area.
     xsave: usize,
     /// What a vCPU can show.
@@ -100,6 +105,7 @@ impl Registers {
             host.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("say what its vCPUs can do"))?;
         Ok(Registers {
             msrs: msrs::to_save(list.as_slice()),
+            host_tsc: emulated,
             xsave: xsave.clamp(size_of::<kvm_xsave>(), MOST_XSAVE),
             cpuid: if emulated {
                 features::with_processors(cpuid.as_slice())
@@ -139,6 +145,7 @@ impl VcpuState {
                 .as_slice()
                 .to_vec(),
             tsc_khz: vcpu.get_tsc_khz().unwrap_or(0),
+            tsc_offset: if registers.host_tsc { tsc::offset(vcpu).ok() } else { None },
             // Last: reading other state may turn a pending event into another.
             events: vcpu.get_vcpu_events().map_err(kvm("tell a vCPU's events"))?,
             entry,
@@ -169,7 +176,11 @@ impl VcpuState {
         vcpu.set_xcrs(&self.xcrs).map_err(kvm("set a vCPU's extended control registers"))?;
         vcpu.set_debug_regs(&self.debug).map_err(kvm("set a vCPU's debug registers"))?;
         vcpu.set_lapic(&self.lapic).map_err(kvm("set a vCPU's interrupt controller"))?;
-        restore_msrs(vcpu, &self.msrs)?;
+        let offset = self.tsc_offset.filter(|_| registers.host_tsc);
+        if let Some(offset) = offset {
+            tsc::set_offset(vcpu, offset).map_err(kvm("set a vCPU's time-stamp counter"))?;
+        }
+        restore_msrs(vcpu, &self.msrs, offset.is_none())?;
         vcpu.set_vcpu_events(&self.events).map_err(kvm("set a vCPU's events"))?;
         // A guest that was asked may know that it was stopped, and not take it for a lock-up. Others cannot be told.
         let _ = vcpu.kvmclock_ctrl();
@@ -244,14 +255,15 @@ fn save_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, VcpuS
     Ok(saved)
 }
 
-/// The time-stamp counter comes first, and its deadline last: that arms the timer, by what the counter says then.
-fn restore_msrs(vcpu: &VcpuFd, saved: &[kvm_msr_entry]) -> Result<(), VcpuStateError> {
+/// The time-stamp counter comes first, if it is to be `set` at all, and its deadline last: that arms the timer, by what the counter says then.
+fn restore_msrs(vcpu: &VcpuFd, saved: &[kvm_msr_entry], set: bool) -> Result<(), VcpuStateError> {
     let rank = |entry: &kvm_msr_entry| match entry.index {
         TSC => 0,
         TSC_DEADLINE => 2,
         _ => 1,
     };
     let mut ordered = saved.to_vec();
+    ordered.retain(|entry| set || entry.index != TSC);
     ordered.sort_by_key(rank);
     let mut rest = ordered.as_slice();
     while !rest.is_empty() {
@@ -292,6 +304,7 @@ pub(super) fn example() -> VcpuState {
         msrs: vec![kvm_msr_entry { index: TSC, data: 5, ..Default::default() }; 3],
         cpuid: vec![kvm_cpuid_entry2::default(); 2],
         tsc_khz: 2_000_000,
+        tsc_offset: None,
         entry: None,
     }
 }
