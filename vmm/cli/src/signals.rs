@@ -5,6 +5,7 @@
 use std::io;
 use std::time::{Duration, Instant};
 
+use machine::control::{Control, Reply, Request, State};
 use machine::controller::Handle;
 use protocol::ToAgent;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
@@ -95,6 +96,7 @@ impl Signals {
                         true
                     }
                     (Action::Resize, None) => true,
+                    (Action::Forward, Some(_)) if ENDING.contains(&signal) && stands_still(&machine) => false,
                     (Action::Forward, Some(guest)) => {
                         guest.send(&ToAgent::Signal(signal)) || !ENDING.contains(&signal)
                     }
@@ -108,6 +110,14 @@ impl Signals {
             }
         })?;
         Ok(())
+    }
+}
+
+/// Whether the machine is paused, or was not started: its container hears nothing then.
+fn stands_still(machine: &Handle) -> bool {
+    match machine.ask(Request::Describe) {
+        Ok(Reply::Description(description)) => description.state != State::Running,
+        _ => false,
     }
 }
 

@@ -5,23 +5,27 @@
 
 use std::collections::VecDeque;
 use std::fs::{self, DirBuilder, File};
-use std::io::{BufRead, BufReader, PipeReader, pipe};
+use std::io::{self, BufRead, BufReader, PipeReader, pipe};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use machine::api::client::Answer;
 use machine::config::DeviceConfig;
 use machine::snapshot::manifest::GuestStage;
 use machine::snapshot::{SnapshotId, directory};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
 
 use super::ctl;
 use crate::exit_code;
 use crate::log_line::say;
+
+/// How long a clone may take, on a host that is busy with all of them.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A clone.
 #[derive(Serialize)]
@@ -129,7 +133,7 @@ fn start(place: &Path, snapshot: &Path, count: u16) -> anyhow::Result<Vec<Clone>
         }
         let Some(mut clone) = starting.pop_front() else { break };
         let mut line = String::new();
-        let heard = clone.ready.read_line(&mut line);
+        let heard = wait(clone.ready.get_ref()).and_then(|()| clone.ready.read_line(&mut line));
         if failure.is_none() && !matches!(heard, Ok(1..)) {
             let log = fs::read_to_string(&clone.clone.log).unwrap_or_default();
             let said = log.lines().last().unwrap_or("it said nothing").to_owned();
@@ -169,4 +173,19 @@ fn spawn(place: &Path, snapshot: &Path, number: u16, has_card: bool) -> anyhow::
     let child = command.spawn().context("cannot start a clone")?;
     let clone = Clone { number, pid: child.id(), hostname, machine_id, api_socket, output, log };
     Ok(Starting { clone, child, ready: BufReader::new(ready) })
+}
+
+/// Waits until a clone says something, or has gone.
+fn wait(ready: &PipeReader) -> io::Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?;
+        match poll(&mut [PollFd::new(ready, PollFlags::IN)], Some(&timeout)) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(_) => return Ok(()),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
