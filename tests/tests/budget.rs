@@ -9,7 +9,7 @@ use tests::{Vmm, artefacts, require_emulated_kernel_mode, require_kvm};
 const BUDGET: [(&str, f64); 2] = [("agent_up", 6.9), ("first_byte", 8.8)];
 
 /// The same for a container that starts from a template, until all is over, for the command `true`.
-const WARM: (&str, f64) = ("exit", 2.4);
+const WARM: (&str, f64) = ("exit", 2.05);
 
 /// How far a run may be off, up or down: who makes it cheaper says so here.
 const TOLERANCE: f64 = 0.10;
