@@ -116,6 +116,8 @@ pub struct Watch {
     words: PanicWords,
     panicked: Option<Instant>,
     rounds: u32,
+    /// What the vCPUs had done when they were last looked at.
+    activity: u64,
     /// When a guest that was asked to end is ended.
     deadline: Option<Instant>,
 }
@@ -123,7 +125,7 @@ pub struct Watch {
 impl Watch {
     /// Nothing was heard yet.
     pub fn new(words: PanicWords) -> Self {
-        Watch { words, panicked: None, rounds: 0, deadline: None }
+        Watch { words, panicked: None, rounds: 0, activity: 0, deadline: None }
     }
 
     /// The guest was asked to end, and has so much time.
@@ -159,6 +161,13 @@ impl Watch {
                 Err(RecvTimeoutError::Timeout) if last_words.is_some() => Ending::Panicked,
                 Err(RecvTimeoutError::Timeout) if paused => continue,
                 Err(RecvTimeoutError::Timeout) => {
+                    // Only a quiet machine is asked: a vCPU that comes back by itself is not asleep, and a kick is no trifle where
+                    // kernel mode is emulated: one in thousands has the host deliver an exception twice.
+                    let activity = vcpus.iter().fold(0, |sum: u64, vcpu| sum.wrapping_add(vcpu.activity()));
+                    if std::mem::replace(&mut self.activity, activity) != activity {
+                        self.rounds = 0;
+                        continue;
+                    }
                     // They answered the last question by now; if not, they run.
                     let asleep = vcpus.iter().all(VcpuThread::is_asleep);
                     self.rounds = if asleep { self.rounds + 1 } else { 0 };

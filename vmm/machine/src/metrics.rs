@@ -165,6 +165,12 @@ impl ExitCounters {
         }
     }
 
+    /// A number that changes whenever the guest has done something that needed us. Kicks of ours do not count.
+    pub fn activity(&self) -> u64 {
+        let guests = self.0.iter().enumerate().filter(|(reason, _)| *reason != Reason::Interrupted as usize);
+        guests.fold(0, |sum, (_, counters)| sum.wrapping_add(counters.sum_ns.get()))
+    }
+
     /// What was counted until now, without reasons that never were.
     pub fn read(&self, id: u8) -> VcpuMetrics {
         let mut metrics = VcpuMetrics { id, ..Default::default() };

@@ -294,6 +294,11 @@ impl VcpuThread {
         self.exits.read(self.id)
     }
 
+    /// A number that changes whenever the vCPU's guest has done something that needed us.
+    pub fn activity(&self) -> u64 {
+        self.exits.activity()
+    }
+
     /// Tells the vCPU to stop, without waiting for it.
     pub fn stop(&self) {
         self.order(Order::Stop);
